@@ -1,0 +1,264 @@
+"""The typed schema of an experiment, its TOML file and the command line.
+
+An experiment file holds what all its runs share, then one table a run that overrides any key. The command line
+overrides both. Whatever is unknown, of the wrong type or out of range is refused before anything else happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from errors import UserError
+
+
+class Section(BaseModel):
+    """Strict: an unknown key or a value of another type is an error, and nothing changes after loading."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The GPT-2 shape."""
+
+    n_layer: int = Field(gt=0, description="transformer blocks")
+    n_head: int = Field(gt=0, description="attention heads a block")
+    n_embd: int = Field(gt=0, description="channels, a multiple of n_head")
+    block_size: int = Field(1024, gt=0, description="context length, tokens")
+    vocab_size: int = Field(50257, gt=1, le=65536, description="tokens in the vocabulary")
+    scale_attn_by_inverse_layer_idx: bool = Field(True, description="layer i (from 1) divides attention scores by i")
+
+    @model_validator(mode="after")
+    def _heads_divide_channels(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        return self
+
+
+class DataConfig(Section):
+    """Where the tokens are."""
+
+    path: str = Field(description="folder with train.bin, val.bin and (if made here) meta.json")
+
+
+class TrainConfig(Section):
+    """All that is shared by the optimizers. A step is one parameter update."""
+
+    max_steps: int = Field(gt=0, description="steps of the whole, fully decayed schedule")
+    seed: int = Field(1337, ge=0, lt=2**63, description="initial weights, data order, sampled labels, probes")
+    batch_size: int = Field(480, gt=0, description="sequences a step over all ranks; accumulation is derived")
+    micro_batch_size: int = Field(12, gt=0, description="sequences a rank processes at once")
+    warmup_steps: int = Field(2000, ge=0, description="steps of linear warm-up")
+    final_lr_ratio: float = Field(0.05, ge=0, le=1, description="last learning rate / peak, by a cosine")
+    grad_clip: float = Field(1.0, ge=0, description="clip the gradient's global norm here; 0 is off")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="autocast type; weights stay fp32")
+    compile: bool = Field(True, description="torch.compile the model, Sophia's estimator and step")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="auto: CUDA, else MPS, else CPU")
+    eval_interval: int = Field(1000, gt=0, description="steps between validations")
+    eval_windows: int = Field(0, ge=0, description="validation windows (block_size tokens each); 0: the whole split")
+    log_interval: int = Field(10, gt=0, description="steps between log lines, where the device is waited for")
+    checkpoint_interval: int = Field(1000, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept, besides the best")
+    out_dir: str = Field("out", description="a run writes to OUT_DIR/EXPERIMENT/RUN")
+
+
+class OptimizerConfig(Section):
+    """One optimizer; a key that it does not have is refused."""
+
+    name: Literal["adamw", "lion", "sophia-g", "sophia-h"] = Field(description="the optimizer")
+    lr: float = Field(gt=0, description="peak learning rate")
+    beta1: float = Field(ge=0, lt=1, description="decay of the momentum")
+    beta2: float = Field(ge=0, lt=1, description="decay of the second moment, or of Sophia's Hessian estimate")
+    weight_decay: float = Field(ge=0, description="decoupled, times lr, on matrices alone")
+    eps: float | None = Field(None, gt=0, description="adamw: added to the root; sophia: floor of rho·h")
+    rho: float | None = Field(None, gt=0, description="sophia: an entry moves less than lr where |m| < rho·h")
+    hessian_interval: int | None = Field(None, gt=0, description="sophia: steps between estimates (k)")
+    hessian_batch_size: int | None = Field(None, gt=0, description="sophia: sequences an estimate over all ranks")
+    hessian_micro_batch_size: int | None = Field(
+        None, gt=0, description="sophia: most sequences a rank estimates on at once (default: micro_batch_size)"
+    )
+
+    @model_validator(mode="after")
+    def _keys_of_this_optimizer(self) -> OptimizerConfig:
+        sophia = {"eps", "rho", "hessian_interval", "hessian_batch_size"}
+        required = {"adamw": {"eps"}, "lion": set()}.get(self.name, sophia)
+        optional = {"hessian_micro_batch_size"} if self.is_sophia else set()
+        for key in sorted(sophia | {"hessian_micro_batch_size"}):
+            given = getattr(self, key) is not None
+            if given and key not in required | optional:
+                raise ValueError(f"{key} is no key of {self.name}")
+            if not given and key in required:
+                raise ValueError(f"{self.name} needs {key}")
+        return self
+
+    @property
+    def is_sophia(self) -> bool:
+        return self.name.startswith("sophia")
+
+
+class WandbConfig(Section):
+    """Mirror of metrics.jsonl at Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = Field("disabled", description="offline writes to the run's folder")
+    project: str = Field("sophia-gpt2", description="wandb project; the experiment is the group")
+
+
+class Config(Section):
+    """One run, resolved."""
+
+    experiment: str
+    run: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _estimate_within_batch(self) -> Config:
+        if (self.optimizer.hessian_batch_size or 0) > self.train.batch_size:
+            raise ValueError("optimizer.hessian_batch_size is larger than train.batch_size, of which it is a part")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.train.out_dir) / self.experiment / self.run
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "optimizer": OptimizerConfig,
+    "wandb": WandbConfig,
+}
+KEYS = {f"{section}.{key}": field for section, schema in SECTIONS.items() for key, field in schema.model_fields.items()}
+
+# Keys that a resumed run may change: they alter where, how fast or how often, not what is computed (beyond rounding).
+FREE_KEYS = {
+    "data.path",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.device",
+    "train.log_interval",
+    "train.checkpoint_interval",
+    "train.keep_checkpoints",
+    "train.out_dir",
+    "optimizer.hessian_micro_batch_size",
+    "wandb.mode",
+    "wandb.project",
+}
+
+
+def parse_command_line(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """`EXPERIMENT.toml --run=NAME [--resume] [--dry-run] [--section.key=value …]` → the resolved run and the flags.
+
+    Raises UserError for anything that cannot be read or does not fit the schema.
+    """
+    flags, rest = _parser().parse_known_args(argv)
+    overrides = {key: getattr(flags, key) for key in KEYS if getattr(flags, key) is not None}
+    if rest:
+        raise UserError(f"unknown argument {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0])}; see train.py --help")
+    return load_experiment(Path(flags.experiment), flags.run, overrides), flags
+
+
+def load_experiment(path: Path, run: str | None, overrides: dict[str, str] | None = None) -> Config:
+    """The run named `run` of the experiment file at `path`, with `overrides` (dotted key → text) on top."""
+    shared = _read_toml(path)
+    runs = shared.pop("runs", None)
+    if not isinstance(runs, dict) or not runs or not all(isinstance(table, dict) for table in runs.values()):
+        raise UserError(f"{path}: no runs; add a table such as [runs.adamw.optimizer]")
+    if run not in runs:
+        asked = f"no run named {run!r}" if run else "which run?"
+        raise UserError(f"{path}: {asked} Add --run=NAME, NAME one of: {', '.join(runs)}")
+    configs = {name: _resolve(path, name, _merge(shared, table), {}) for name, table in runs.items() if name != run}
+    configs[run] = _resolve(path, run, _merge(shared, runs[run]), overrides or {})
+    return configs[run]
+
+
+def run_names(path: Path) -> list[str]:
+    """The names of the runs of an experiment file, in its order."""
+    return list(_read_toml(path).get("runs", {}))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the experiment file ({error.strerror}); see configs/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid upon `base`, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_tables else value
+    return merged
+
+
+def _resolve(path: Path, run: str, tree: dict[str, Any], overrides: dict[str, str]) -> Config:
+    for key, text in overrides.items():
+        section, name = key.split(".")
+        tree = _merge(tree, {section: {name: _literal(key, text)}})
+    try:
+        return Config.model_validate({**tree, "experiment": path.stem, "run": run})
+    except ValidationError as error:
+        raise UserError(f"{path}, run {run}: {_first_problem(error)}") from None
+
+
+def _literal(key: str, text: str) -> Any:
+    """A command-line value, read as TOML would read it; text stays text."""
+    if KEYS[key].annotation is str:
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(key)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; add it to the file or to the command line"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key} = {problem['input']!r} {message}" if not isinstance(problem["input"], dict) else f"{key}: {message}"
+
+
+def _nearest(key: str) -> str:
+    names = {**{known: known for known in KEYS}, **{known.split(".")[1]: known for known in KEYS}, "resume": "resume"}
+    close = difflib.get_close_matches(key, names, n=1) or difflib.get_close_matches(key.split(".")[-1], names, n=1)
+    return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train one run of an experiment file.",
+        epilog="Example: torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_125m.toml --run=sophia-g",
+        allow_abbrev=False,
+    )
+    parser.add_argument("experiment", metavar="EXPERIMENT.toml", help="experiment file, e.g. configs/quickstart.toml")
+    parser.add_argument("--run", metavar="NAME", help="which of the file's runs, e.g. sophia-g")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, if it has one")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, steps and memory, then exit")
+    for section, schema in SECTIONS.items():
+        group = parser.add_argument_group(f"[{section}]", schema.__doc__)
+        for key, field in schema.model_fields.items():
+            default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
+            kind = str(getattr(field.annotation, "__name__", field.annotation)).replace(" | None", "")
+            if kind == "Literal" or kind.startswith("typing.Literal"):
+                kind = "|".join(field.annotation.__args__)  # type: ignore[union-attr]
+            text = f"{field.description}{default}".replace("%", "%%")
+            group.add_argument(f"--{section}.{key}", metavar=kind, help=text)
+    return parser

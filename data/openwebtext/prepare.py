@@ -1,0 +1,167 @@
+"""OpenWebText → train.bin, val.bin, meta.json, in nanoGPT's format and with nanoGPT's split.
+
+    python data/openwebtext/prepare.py                                     # all of OpenWebText: 24 GB down, 18 GB out
+    python data/openwebtext/prepare.py --limit 100000 --out data/owt100k   # its first 100,000 documents
+    python data/openwebtext/prepare.py --files 'books/*.parquet' --out data/books
+
+Documents come from the hub's parquet shards at a pinned revision, or from local files: .parquet with a text column,
+.jsonl with a text key a line, or .txt, one document each. Stopped half-way, the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.tokenize import write_dataset  # noqa: E402
+from errors import UserError, run_main  # noqa: E402
+
+HUB_ID = "Skylion007/openwebtext"
+HUB_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
+HUB_SHARDS = [f"plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)]
+HUB_DOCUMENTS = 8_013_769
+NANOGPT_TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # nanoGPT's README, from the archive's older order
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.files:
+        paths = sorted(Path(name) for name in glob.glob(arguments.files, recursive=True) if os.path.isfile(name))
+        if not paths:
+            raise UserError(f"--files {arguments.files!r}: no file matches (quote the pattern for the shell)")
+        counts = [count_documents(path) for path in paths]
+        sizes = [path.stat().st_size for path in paths]
+        source: dict[str, Any] = {"files": [[p.name, n, size] for p, n, size in zip(paths, counts, sizes, strict=True)]}
+        shards: list[Callable[[], Iterator[str]]] = [partial(read_documents, path) for path in paths]
+        available = sum(counts)
+    else:
+        source = {"hub": HUB_ID, "revision": HUB_REVISION}
+        shards = [partial(read_hub_shard, shard) for shard in HUB_SHARDS]
+        available = HUB_DOCUMENTS
+    n_documents = min(available, arguments.limit or available)
+    meta = write_dataset(
+        arguments.out, shards, n_documents, "gpt2", source, val_fraction=arguments.val_fraction, workers=arguments.workers
+    )
+    report(meta, whole_hub=not arguments.files and n_documents == HUB_DOCUMENTS, out=arguments.out)
+
+
+def report(meta: dict[str, Any], whole_hub: bool, out: Path) -> None:
+    for split, facts in meta["splits"].items():
+        known = NANOGPT_TOKENS[split]
+        compared = f"nanoGPT's OpenWebText: {known:,} ({facts['tokens'] / known:.2%})"
+        print(f"{split}: {facts['tokens']:,} tokens of {facts['documents']:,} documents; {compared}")
+    if whole_hub:
+        print("A small difference from nanoGPT's counts is expected: it split the same documents in another order.")
+    print(f"wrote {out}/train.bin, {out}/val.bin, {out}/meta.json")
+
+
+def read_hub_shard(shard: str) -> Iterator[str]:
+    """Download a shard (or find it in the hub's cache) and read it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(HUB_ID, shard, repo_type="dataset", revision=HUB_REVISION)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(
+            f"{HUB_ID}/{shard}: download failed ({reason}); check the network and run the same command again, "
+            f"or use local files with --files"
+        ) from None
+    return read_documents(Path(path))
+
+
+def count_documents(path: Path) -> int:
+    """Documents in a local file, read as cheaply as its type allows. Raises UserError for one that cannot be read."""
+    if path.suffix == ".parquet":
+        return _open_parquet(path).metadata.num_rows
+    return sum(1 for _ in read_documents(path))
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The texts of a .parquet, .jsonl or .txt file. Raises UserError for one that cannot be read."""
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_txt}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: not one of {', '.join(readers)}; narrow the pattern or rename the file")
+    try:
+        yield from readers[path.suffix](path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: unreadable ({str(error).splitlines()[0]}); replace the file") from None
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: unreadable as parquet ({str(error).splitlines()[0]}); replace the file") from None
+    if "text" not in file.schema_arrow.names:
+        raise UserError(f"{path}: has no column named text, but {', '.join(file.schema_arrow.names)}")
+    return file
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow as pa
+
+    try:
+        for batch in _open_parquet(path).iter_batches(batch_size=1024, columns=["text"]):
+            yield from (text or "" for text in batch.column(0).to_pylist())
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: damaged parquet ({str(error).splitlines()[0]}); replace the file") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}, line {number}: not a JSON object with a text key") from None
+            yield str(text)
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", metavar="GLOB", help="local .parquet, .jsonl or .txt files instead of the hub")
+    parser.add_argument("--limit", metavar="N", type=_positive, help="only the first N documents")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="default: %(default)s")
+    parser.add_argument(
+        "--workers", metavar="N", type=_positive, default=os.cpu_count(), help="processes (default: %(default)s, one a core)"
+    )
+    parser.add_argument(
+        "--val-fraction", metavar="F", type=_fraction, default=0.0005, help="documents held out (default: %(default)s)"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 1")
+    return number
+
+
+if __name__ == "__main__":
+    run_main(main)

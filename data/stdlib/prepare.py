@@ -1,0 +1,55 @@
+"""The Python standard library's own source → byte-level tokens: about 12 MB that are on every machine already.
+
+    python data/stdlib/prepare.py        # no download; a few seconds
+
+Each module is one document; its bytes are the tokens, closed by end-of-text (256). The bytes differ from one Python
+version to the next, so compare runs on the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.tokenize import write_dataset  # noqa: E402
+from errors import UserError, run_main  # noqa: E402
+
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="default: %(default)s")
+    out = parser.parse_args().out
+
+    modules = find_modules()
+    source = {"standard library of Python": platform.python_version(), "modules": len(modules)}
+    # 2 % of the modules are held out: 1 in 2,000, as for OpenWebText, would be one module.
+    meta = write_dataset(out, [lambda: read_modules(modules)], len(modules), "bytes", source, val_fraction=0.02)
+    for split, facts in meta["splits"].items():
+        print(f"{split}: {facts['tokens']:,} tokens of {facts['documents']:,} modules")
+    print(f"wrote {out}/train.bin, {out}/val.bin, {out}/meta.json")
+
+
+def find_modules() -> list[Path]:
+    """The library's .py files, sorted by name, without its tests and what was installed beside it."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = sorted(p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
+    if len(modules) < 100:
+        raise UserError(f"{root}: holds {len(modules)} modules in source; this Python came without its library")
+    return modules
+
+
+def read_modules(modules: list[Path]) -> Iterator[str]:
+    for path in modules:
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+if __name__ == "__main__":
+    run_main(main)

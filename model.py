@@ -1,0 +1,137 @@
+"""GPT-2 in one file, as the Sophia paper trains it: no biases, no dropout, tied embeddings, tanh GELU.
+
+Shapes: B sequences, T tokens each, C = n_embd channels, H heads of size D = C / H, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import ModelConfig
+
+# The embedding table gets rows up to a multiple of 64, so that its matrix products fall on tensor-core tiles
+# (50,257 becomes 50,304). The extra rows are never looked up and their logits are cut off before the softmax.
+VOCAB_MULTIPLE = 64
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Layer i (from 0) may divide its scores by i + 1 besides sqrt(D) (inverse-layer scaling)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.scale = 1.0 / math.sqrt(config.n_embd // config.n_head)
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear maps with GPT-2's tanh-approximated GELU between them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. The output head is the token embedding itself, so each weight exists, and is optimized, once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        padded_vocab = math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.wte = nn.Embedding(padded_vocab, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's weights: N(0, 0.02²); the two projections into the residual stream N(0, 0.02² / (2 n_layer))."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+    def forward(self, tokens: Tensor, criterion: Callable[..., Tensor] | None = None, *arguments: Tensor) -> Tensor:
+        """Logits (B, T, V) for `tokens` (B, T), or `criterion(logits, *arguments)` where a criterion is given.
+
+        The criterion runs inside forward so that `torch.compile` sees it together with the head, and so that
+        DistributedDataParallel serves the training loss and Sophia's sampled-label loss alike.
+        """
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)[..., : self.config.vocab_size]  # (B, T, V)
+        return logits if criterion is None else criterion(logits, *arguments)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in nats a token, in fp32 or better. logits (B, T, V), targets (B, T)."""
+    return F.cross_entropy(_at_least_fp32(logits).flatten(0, 1), targets.flatten())
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy summed over the tokens, those with target -1 left out; for evaluation."""
+    return F.cross_entropy(_at_least_fp32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups as in the paper: the linear layers' matrices decay, embeddings and norms do not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters that are stored and optimized (padding rows counted), found without allocating any."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Floating-point operations of one forward and backward a token: 6 N + 12 n_layer C T (PaLM, appendix B).
+
+    N leaves out the position embedding, which is looked up and never multiplied.
+    """
+    n = num_parameters(config) - config.block_size * config.n_embd
+    return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size

@@ -1,0 +1,323 @@
+r"""Sophia (Liu, Li, Hall, Liang, Ma; arXiv 2305.14342): the optimizer, and its two estimators of the Hessian's diagonal.
+
+Needs torch alone; copy this file into any project. Every :math:`k` steps, before the step, hand an estimate over::
+
+    optimizer = SophiaG(model.parameters(), lr=6e-4)
+    for step, (x, y) in enumerate(loader):
+        if step % 10 == 0:                                           # k = 10
+            sampled_label_loss(model(x), torch.rand(y.shape)).backward()
+            optimizer.update_hessian(gnb_estimate(model.parameters(), n_labels=y.numel()))
+            optimizer.zero_grad()
+        F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+Units. With :math:`h` the moving average of the diagonal of the Hessian **of the mean loss**, a step is
+
+.. math::
+    \theta \leftarrow \theta (1 - \eta \lambda), \qquad
+    \theta \leftarrow \theta - \eta \, \mathrm{clip}(m / \max(\rho h, \epsilon), 1)
+
+as in the later version of the paper (Algorithm 3, there with :math:`\gamma` for :math:`\rho`). No entry ever moves by
+more than :math:`\eta`, besides the decay. For other parameterisations see :func:`convert_rho`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Sophia(Optimizer):
+    """The update that SophiaG and SophiaH share: sign-momentum, tempered where the curvature is large.
+
+    Until the first :meth:`update_hessian` h is 0 and the update is the sign of the momentum (times lr). Neither m nor h
+    is bias-corrected, as in the paper. Negative estimates stay in the average and meet ``max(rho * h, eps)`` at use.
+
+    Args:
+        params: parameters, or dicts of parameter groups.
+        lr: learning rate, the most that an entry moves in a step. A number, or a 0-dim CPU tensor.
+        betas: decay of the momentum m, and of the estimate h (a decay for each *estimate*, not for each step).
+        rho: an entry moves by less than lr where ``abs(m) < rho * h``.
+        eps: floor of ``rho * h``.
+        weight_decay: decoupled, multiplied by lr.
+        foreach: use the multi-tensor path. Default: where all parameters are on CUDA.
+        fused: compile the multi-tensor path into one sweep over memory (torch.compile; lr never recompiles it).
+
+    Raises:
+        ValueError: for a hyperparameter out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        rho: float,
+        eps: float,
+        weight_decay: float,
+        *,
+        foreach: bool | None = None,
+        fused: bool = False,
+    ) -> None:
+        if not 0.0 <= lr:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        for index, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+        if not 0.0 < rho:
+            raise ValueError(f"Invalid rho value: {rho}")
+        if not 0.0 < eps:
+            raise ValueError(f"Invalid epsilon value: {eps}")
+        if not 0.0 <= weight_decay:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if fused and foreach is False:
+            raise ValueError("fused compiles the multi-tensor path: leave foreach unset")
+        defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"foreach": foreach, "fused": fused})
+
+    @torch.no_grad()
+    def update_hessian(self, estimates: Mapping[Tensor, Tensor]) -> None:
+        """h ← β₂ h + (1 − β₂) ĥ for each ``{parameter: ĥ}``, ĥ being in units of the mean loss (Algorithm 3, line 7).
+
+        Call it before :meth:`step`, with an estimate at the current parameters; a parameter left out keeps its h.
+
+        Raises:
+            ValueError: for a parameter that this optimizer does not have.
+        """
+        known = set()
+        for group in self.param_groups:
+            _, beta2 = group["betas"]
+            for param in group["params"]:
+                known.add(param)
+                if param in estimates:
+                    self._state(param)["hessian"].lerp_(estimates[param], 1 - beta2)
+        if not known.issuperset(estimates):
+            raise ValueError("estimates has a tensor that is no parameter of this optimizer")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient. `closure` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError("Sophia does not support sparse gradients")
+            foreach = all(p.is_cuda for p in params) if group["foreach"] is None else group["foreach"]
+            update = _fused if group["fused"] else _multi_tensor if foreach else _single_tensor
+            update(
+                params,
+                [p.grad for p in params],
+                [self._state(p)["exp_avg"] for p in params],
+                [self._state(p)["hessian"] for p in params],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                rho=group["rho"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+        return loss
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, Tensor]:
+        """How the last step went, as 0-dim tensors on the device, so that asking does not wait for it.
+
+        * unclipped: share of the entries with ``abs(m) < max(rho * h, eps)``, those that Sophia tempers
+        * hessian_norm: Euclidean norm of h
+        * hessian_negative: share of the entries with h < 0 (Hutchinson's estimates have a sign)
+        """
+        unclipped, negative, squares, count = [], [], [], 0
+        for group in self.param_groups:
+            for state in (self.state[p] for p in group["params"] if p in self.state):
+                m, h = state["exp_avg"], state["hessian"]
+                unclipped.append((m.abs() < (group["rho"] * h).clamp_(min=group["eps"])).sum())
+                negative.append((h < 0).sum())
+                squares.append(h.square().sum())
+                count += h.numel()
+        if not count:
+            raise RuntimeError("statistics: no step was made yet")
+        return {
+            "unclipped": torch.stack(unclipped).sum() / count,
+            "hessian_norm": torch.stack(squares).sum().sqrt(),
+            "hessian_negative": torch.stack(negative).sum() / count,
+        }
+
+    def _state(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["hessian"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+
+class SophiaG(Sophia):
+    """Sophia for Gauss-Newton-Bartlett estimates (:func:`gnb_estimate`). Defaults: the paper's GPT-2 settings."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 6e-4,
+        betas: tuple[float, float] = (0.96, 0.99),
+        rho: float = 0.05,
+        eps: float = 1e-12,
+        weight_decay: float = 0.2,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, rho, eps, weight_decay, **options)
+
+
+class SophiaH(Sophia):
+    """Sophia for Hutchinson estimates (:func:`hutchinson_estimate`). Defaults: the paper's GPT-2 settings."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 6e-4,
+        betas: tuple[float, float] = (0.96, 0.99),
+        rho: float = 0.01,
+        eps: float = 1e-12,
+        weight_decay: float = 0.2,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, rho, eps, weight_decay, **options)
+
+
+def _single_tensor(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hessians: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    rho: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The algorithm as one reads it; the other paths are tested against this one."""
+    for theta, g, m, h in zip(params, grads, exp_avgs, hessians, strict=True):
+        theta.mul_(1 - lr * weight_decay)
+        m.lerp_(g, 1 - beta1)
+        update = (m / (rho * h).clamp_(min=eps)).clamp_(-1, 1)
+        theta.sub_(update.mul_(lr))
+
+
+def _multi_tensor(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hessians: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    rho: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The same for all tensors at once, one kernel launch an operation."""
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    bounds = torch._foreach_mul(hessians, rho)
+    torch._foreach_clamp_min_(bounds, eps)
+    updates = torch._foreach_div(exp_avgs, bounds)
+    torch._foreach_clamp_min_(updates, -1)
+    torch._foreach_clamp_max_(updates, 1)
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_sub_(params, updates)
+
+
+@functools.cache
+def _compiled_multi_tensor() -> Callable[..., None]:
+    return torch.compile(_multi_tensor, fullgraph=True, dynamic=False)
+
+
+def _fused(*tensors: list[Tensor], lr: float | Tensor, **constants: float) -> None:
+    """The same compiled. lr goes in as a tensor, because a new number would be a new constant and a recompilation."""
+    _compiled_multi_tensor()(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **constants)
+
+
+def sampled_label_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Mean cross entropy of labels drawn from the model itself: the loss that Gauss-Newton-Bartlett differentiates.
+
+    Algorithm 2, lines 2 and 3: each ŷ ~ softmax(logits), each independent of the others. In fp32 (or better) whatever
+    the logits' type, since a softmax over 50,000 classes in bfloat16 draws the wrong labels.
+
+    Args:
+        logits: (..., V) over the real classes alone; cut padding off before.
+        uniforms: (...) numbers in [0, 1), one a label. They decide the draw, so whoever makes them decides what it
+            depends on: made from (seed, step), the labels are the same for any micro-batch and number of ranks.
+    """
+    labels = sample_labels(logits.detach(), uniforms)
+    return F.cross_entropy(_at_least_fp32(logits).flatten(0, -2), labels.flatten())
+
+
+@torch.no_grad()
+def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels (...) drawn from softmax(logits) (..., V) by inverting its cumulative distribution at `uniforms` (...)."""
+    labels = []
+    # 1,024 rows at a time: the probabilities of a whole micro-batch would be another copy of the logits, in fp32.
+    for rows, u in zip(logits.flatten(0, -2).split(1024), uniforms.flatten().split(1024), strict=True):
+        cumulative = _at_least_fp32(rows).softmax(-1).cumsum(-1)  # (rows, V)
+        # Rounding leaves the last entry near 1, not at 1: scale u, so that no draw falls beyond the last class.
+        u = u.to(cumulative.dtype).unsqueeze(-1) * cumulative[:, -1:]
+        labels.append(torch.searchsorted(cumulative, u, right=True).squeeze(-1))
+    return torch.cat(labels).clamp_(max=logits.shape[-1] - 1).view(uniforms.shape)
+
+
+@torch.no_grad()
+def gnb_estimate(params: Iterable[Tensor], n_labels: int) -> dict[Tensor, Tensor]:
+    r"""Gauss-Newton-Bartlett: n ĝ ⊙ ĝ, unbiased for the diagonal of the mean loss's Gauss-Newton matrix (Algorithm 2).
+
+    ĝ is read from ``.grad``: the gradient of :func:`sampled_label_loss`, averaged over everything it was computed on
+    (micro-batches, ranks), and not clipped. Averaging divides the variance of ĝ by n, hence the factor.
+
+    Args:
+        params: parameters; one without a gradient is left out.
+        n_labels: how many labels ĝ is the mean over: for language models the *tokens*, over all micro-batches and ranks.
+    """
+    return {p: p.grad.square().mul_(n_labels) for p in params if p.grad is not None}
+
+
+def hutchinson_estimate(
+    loss: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], probes: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    r"""Hutchinson: u ⊙ ∇²L u, unbiased for the diagonal of the Hessian of L (Algorithm 1). Entries can be negative.
+
+    A true Hessian-vector product, forward over reverse: the derivative of the gradient in the direction u. It leaves
+    every ``.grad`` alone. The mean over micro-batches and ranks is the estimate for the whole batch if all of them
+    use the same u. Attention must run without a fused kernel (``sdpa_kernel(SDPBackend.MATH)``): those have no second
+    derivative. It can be compiled, by torch.compile around a function that calls this one.
+
+    Args:
+        loss: the mean loss as a function of the parameters, e.g. with :func:`torch.func.functional_call`.
+        params: ``dict(model.named_parameters())``, detached.
+        probes: u for each of them, from N(0, 1).
+    """
+    _, products = torch.func.jvp(torch.func.grad(loss), (params,), (probes,))
+    return {name: probes[name] * products[name] for name in params}
+
+
+def convert_rho(rho: float, *, counted: int, labels: int) -> float:
+    """This file's rho for one of a parameterisation that counts another factor B into h.
+
+    Here h has the factor `labels`, the number that the estimate really saw. The released code clips
+    ``abs(m) / (rho * bs * EMA(ĝ²))``: its h has the factor `counted` = bs, typed in by the user. Version 1 of the paper
+    counts B in sequences (its Sophia-G has rho = 20), and writes lr = rho · η. Example: the released 125M settings,
+    rho 0.05, bs 480 × 1024, estimated on 480 × 1024 tokens, are rho 0.05 here. Swap the two counts for the way back.
+    """
+    return rho * counted / labels
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
