@@ -54,7 +54,9 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: unreadable ({str(error).splitlines()[0][:120]}); remove it to use an older one") from None
+        raise UserError(
+            f"{path}: unreadable ({str(error).splitlines()[0][:120]}); remove it to use an older one"
+        ) from None
 
 
 def load_newest(run_dir: Path) -> dict[str, Any] | None:
@@ -66,5 +68,7 @@ def load_newest(run_dir: Path) -> dict[str, Any] | None:
         except UserError as error:
             print(f"warning: {error}", file=sys.stderr)
     if paths:
-        raise UserError(f"{run_dir}: none of its {len(paths)} checkpoints can be read; start anew in another train.out_dir")
+        raise UserError(
+            f"{run_dir}: none of its {len(paths)} checkpoints can be read; start anew in another train.out_dir"
+        )
     return None

@@ -117,7 +117,7 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
-    wandb: WandbConfig = WandbConfig()
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
 
     @model_validator(mode="after")
     def _estimate_within_batch(self) -> Config:
@@ -173,7 +173,7 @@ def load_experiment(path: Path, run: str | None, overrides: dict[str, str] | Non
     runs = shared.pop("runs", None)
     if not isinstance(runs, dict) or not runs or not all(isinstance(table, dict) for table in runs.values()):
         raise UserError(f"{path}: no runs; add a table such as [runs.adamw.optimizer]")
-    if run not in runs:
+    if run is None or run not in runs:
         asked = f"no run named {run!r}" if run else "which run?"
         raise UserError(f"{path}: {asked} Add --run=NAME, NAME one of: {', '.join(runs)}")
     configs = {name: _resolve(path, name, _merge(shared, table), {}) for name, table in runs.items() if name != run}

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens each, C = n_embd channels, H heads of size D = C /
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ VOCAB_MULTIPLE = 64
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Layer i (from 0) may divide its scores by i + 1 besides sqrt(D) (inverse-layer scaling)."""
+    """Causal self-attention. With inverse-layer scaling, layer i (from 1) divides its scores by i besides sqrt(D)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -122,6 +123,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+@functools.cache
 def num_parameters(config: ModelConfig) -> int:
     """Parameters that are stored and optimized (padding rows counted), found without allocating any."""
     with torch.device("meta"):
@@ -135,3 +137,13 @@ def flops_per_token(config: ModelConfig) -> int:
     """
     n = num_parameters(config) - config.block_size * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def activation_bytes(config: ModelConfig, dtype: str) -> int:
+    """Memory that forward keeps for backward, a sequence; a rule of thumb.
+
+    A block keeps 36 bytes a channel and token with a 16-bit autocast and 64 in fp32 (counted on autograd's saved
+    tensors with fused attention); the head keeps fp32 log-probabilities, and the loss's gradient needs twice as much again.
+    """
+    block = 64 if dtype == "float32" else 36
+    return config.block_size * (block * config.n_layer * config.n_embd + 12 * config.vocab_size)

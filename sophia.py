@@ -1,4 +1,4 @@
-r"""Sophia (Liu, Li, Hall, Liang, Ma; arXiv 2305.14342): the optimizer, and its two estimators of the Hessian's diagonal.
+r"""Sophia (Liu, Li, Hall, Liang, Ma; arXiv 2305.14342): the optimizer and its two estimators of the Hessian diagonal.
 
 Needs torch alone; copy this file into any project. Every :math:`k` steps, before the step, hand an estimate over::
 
@@ -66,16 +66,16 @@ class Sophia(Optimizer):
         foreach: bool | None = None,
         fused: bool = False,
     ) -> None:
-        if not 0.0 <= lr:
+        if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-        if not 0.0 < rho:
+        if not rho > 0.0:
             raise ValueError(f"Invalid rho value: {rho}")
-        if not 0.0 < eps:
+        if not eps > 0.0:
             raise ValueError(f"Invalid epsilon value: {eps}")
-        if not 0.0 <= weight_decay:
+        if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         if fused and foreach is False:
             raise ValueError("fused compiles the multi-tensor path: leave foreach unset")
@@ -84,7 +84,7 @@ class Sophia(Optimizer):
 
     @torch.no_grad()
     def update_hessian(self, estimates: Mapping[Tensor, Tensor]) -> None:
-        """h ← β₂ h + (1 − β₂) ĥ for each ``{parameter: ĥ}``, ĥ being in units of the mean loss (Algorithm 3, line 7).
+        """h ← β₂ h + (1 − β₂) ĥ for each ``{parameter: ĥ}``, ĥ being in units of the mean loss (Algorithm 3).
 
         Call it before :meth:`step`, with an estimate at the current parameters; a parameter left out keeps its h.
 
@@ -250,7 +250,7 @@ def _fused(*tensors: list[Tensor], lr: float | Tensor, **constants: float) -> No
 def sampled_label_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Mean cross entropy of labels drawn from the model itself: the loss that Gauss-Newton-Bartlett differentiates.
 
-    Algorithm 2, lines 2 and 3: each ŷ ~ softmax(logits), each independent of the others. In fp32 (or better) whatever
+    Algorithm 2: each ŷ ~ softmax(logits), each independent of the others. In fp32 (or better) whatever
     the logits' type, since a softmax over 50,000 classes in bfloat16 draws the wrong labels.
 
     Args:
@@ -284,7 +284,7 @@ def gnb_estimate(params: Iterable[Tensor], n_labels: int) -> dict[Tensor, Tensor
 
     Args:
         params: parameters; one without a gradient is left out.
-        n_labels: how many labels ĝ is the mean over: for language models the *tokens*, over all micro-batches and ranks.
+        n_labels: how many labels ĝ is the mean over: for language models the *tokens* of all micro-batches and ranks.
     """
     return {p: p.grad.square().mul_(n_labels) for p in params if p.grad is not None}
 
@@ -304,7 +304,7 @@ def hutchinson_estimate(
         params: ``dict(model.named_parameters())``, detached.
         probes: u for each of them, from N(0, 1).
     """
-    _, products = torch.func.jvp(torch.func.grad(loss), (params,), (probes,))
+    products = torch.func.jvp(torch.func.grad(loss), (params,), (probes,))[1]
     return {name: probes[name] * products[name] for name in params}
 
 

@@ -1,8 +1,8 @@
 """Token files → batches. The batch of a step is a pure function of (seed, step).
 
 A file is nanoGPT's: raw little-endian uint16 tokens. The window offsets of a step come from a counter-based generator,
-and each rank and micro-batch takes its slice of them. So a resumed run needs no loader state, another number of ranks or
-another micro-batch sees the same sequences, and all optimizers see the same tokens in the same order.
+and each rank and micro-batch takes its slice of them. So a resumed run needs no loader state, another number of ranks
+or another micro-batch sees the same sequences, and all optimizers see the same tokens in the same order.
 
 Shapes: B sequences of T = block_size tokens.
 """
@@ -55,7 +55,9 @@ def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> n
         wanted = f"{2 * expected} bytes by its meta.json" if expected is not None else "an even number of bytes"
         raise UserError(f"{path}: {size} bytes, but {wanted}; it is truncated or not ours: prepare it again")
     if meta.get("vocab_size", vocab_size) != vocab_size:
-        raise UserError(f"{folder}: vocabulary of {meta['vocab_size']} tokens; set model.vocab_size = {meta['vocab_size']}")
+        raise UserError(
+            f"{folder}: vocabulary of {meta['vocab_size']} tokens; set model.vocab_size = {meta['vocab_size']}"
+        )
     if size // 2 < block_size + 1:
         raise UserError(f"{path}: {size // 2} tokens, shorter than one window of block_size + 1 = {block_size + 1}")
     tokens = np.memmap(path, dtype="<u2", mode="r")
@@ -65,7 +67,7 @@ def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> n
 
 
 def refuse_beyond_vocabulary(largest: int, vocab_size: int, where: object) -> None:
-    """Raise UserError for a token that the embedding table does not have (on a GPU a device assert, far from its cause)."""
+    """Raise UserError for a token that the embedding table does not have (on a GPU: an assert far away)."""
     if largest >= vocab_size:
         raise UserError(f"{where}: token {largest} is beyond model.vocab_size {vocab_size}; another tokenizer's file?")
 
@@ -113,8 +115,8 @@ def validation_windows(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One rank's share of the first `limit` (0: all) whole windows, end to end, in batches of one shape (B, T).
 
-    Every token but the first is predicted once, over all ranks. The batch that the windows do not fill is filled up with
-    targets of -1, which `summed_loss` leaves out: one shape for the compiler.
+    Every token but the first is predicted once, over all ranks. The batch that the windows do not fill is filled up
+    with targets of -1, which `summed_loss` leaves out: one shape for the compiler.
     """
     count = (len(tokens) - 1) // block_size
     mine = np.arange(min(count, limit) if limit else count)[rank::world_size] * block_size

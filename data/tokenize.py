@@ -8,6 +8,7 @@ until all of them are complete, and meta.json comes last.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -54,6 +55,7 @@ class Tokenizer:
     decode: Callable[[list[int]], str]
 
 
+@functools.cache
 def load_tokenizer(name: str) -> Tokenizer:
     """`gpt2`: GPT-2's byte-pair encoding. `bytes`: UTF-8 bytes 0 to 255, and 256 for end of text."""
     if name == "gpt2":
@@ -100,7 +102,7 @@ def _fill_tiktoken_cache(cache: Path) -> None:
 
 
 def validation_documents(n_documents: int, fraction: float, seed: int) -> set[int]:
-    """The indices that nanoGPT's `train_test_split(test_size=fraction, seed=seed, shuffle=True)` puts into validation."""
+    """The indices that `datasets`' train_test_split(test_size=fraction, seed=seed) holds out, as nanoGPT uses it."""
     count = math.ceil(n_documents * fraction)
     if not 0 < count < n_documents:
         raise UserError(f"{n_documents} documents leave none for training or validation; give at least 2")
@@ -138,7 +140,7 @@ def write_dataset(
     if progress is None:
         return read_meta(out)
     with (
-        ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tokenizer,)) as pool,
+        ProcessPoolExecutor(workers) as pool,
         tqdm(total=n_documents, initial=progress["documents"], unit="doc", desc="tokenize", mininterval=0.5) as bar,
         open(_partial(out, "train"), "r+b") as train,
         open(_partial(out, "val"), "r+b") as val,
@@ -150,7 +152,7 @@ def write_dataset(
         committed = sum(progress["tokens"].values())
         for shard in shards[progress["shards"] :]:
             remaining = n_documents - progress["documents"]
-            for tokens, lengths in _encode_in_order(pool, _take(shard(), remaining), workers):
+            for tokens, lengths in _encode_in_order(pool, tokenizer, _take(shard(), remaining), workers):
                 _append(files, tokens, lengths, held_out, progress)
                 bar.update(len(lengths))
             progress["shards"] += 1
@@ -161,7 +163,9 @@ def write_dataset(
                 break
         _commit(out, files, progress)
     if progress["documents"] != n_documents:
-        raise UserError(f"{out}: expected {n_documents} documents, found {progress['documents']}; did the input change?")
+        raise UserError(
+            f"{out}: expected {n_documents} documents, found {progress['documents']}; did the input change?"
+        )
     return _finish(out, made, progress)
 
 
@@ -177,7 +181,9 @@ def _start_or_continue(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | No
     if progress_path.exists():
         progress = json.loads(progress_path.read_text(encoding="utf-8"))
         if progress["recipe"] != recipe:
-            raise UserError(f"{out}: holds a half-made preparation of another recipe; choose another --out or remove it")
+            raise UserError(
+                f"{out}: holds a half-made preparation of another recipe; choose another --out or remove it"
+            )
         return progress
     for split in SPLITS:
         if (out / f"{split}.bin").exists():
@@ -207,31 +213,27 @@ def _take(texts: Iterator[str], limit: int) -> Iterator[list[str]]:
 
 
 def _encode_in_order(
-    pool: ProcessPoolExecutor, tasks: Iterable[list[str]], workers: int
+    pool: ProcessPoolExecutor, tokenizer: str, tasks: Iterable[list[str]], workers: int
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """The tasks' results in the order of the tasks, no more than a few tasks a worker in memory."""
     waiting: deque[Future] = deque()
     for task in tasks:
-        waiting.append(pool.submit(_encode, task))
+        waiting.append(pool.submit(_encode, tokenizer, task))
         if len(waiting) > 4 * workers:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _start_worker(tokenizer: str) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = load_tokenizer(tokenizer)
-
-
-def _encode(texts: list[str]) -> tuple[np.ndarray, list[int]]:
+def _encode(tokenizer: str, texts: list[str]) -> tuple[np.ndarray, list[int]]:
     """The tokens of all the texts end to end, each closed by end-of-text, and how many belong to each text."""
+    loaded = load_tokenizer(tokenizer)  # once a process
     tokens: list[int] = []
     lengths = []
     for text in texts:
         before = len(tokens)
-        tokens.extend(_worker_tokenizer.encode(text))
-        tokens.append(_worker_tokenizer.end_of_text)
+        tokens.extend(loaded.encode(text))
+        tokens.append(loaded.end_of_text)
         lengths.append(len(tokens) - before)
     return np.array(tokens, dtype="<u2"), lengths
 
@@ -256,7 +258,7 @@ def _commit(out: Path, files: dict[str, Any], progress: dict[str, Any]) -> None:
 
 
 def _finish(out: Path, tokenizer: Tokenizer, progress: dict[str, Any]) -> dict[str, Any]:
-    """Name the files, then write meta.json, then drop progress.json: stopped anywhere here, the next run does the rest."""
+    """Name the files, write meta.json, drop progress.json. Stopped anywhere here, the next run does the rest."""
     documents = {"train": progress["documents"] - progress["val_documents"], "val": progress["val_documents"]}
     splits = {}
     for split in SPLITS:

@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.tokenize import write_dataset  # noqa: E402
-from errors import UserError, run_main  # noqa: E402
+from data.tokenize import write_dataset
+from errors import UserError, number, run_main
 
 HUB_ID = "Skylion007/openwebtext"
 HUB_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
@@ -49,7 +49,13 @@ def main() -> None:
         available = HUB_DOCUMENTS
     n_documents = min(available, arguments.limit or available)
     meta = write_dataset(
-        arguments.out, shards, n_documents, "gpt2", source, val_fraction=arguments.val_fraction, workers=arguments.workers
+        arguments.out,
+        shards,
+        n_documents,
+        "gpt2",
+        source,
+        val_fraction=arguments.val_fraction,
+        workers=arguments.workers,
     )
     report(meta, whole_hub=not arguments.files and n_documents == HUB_DOCUMENTS, out=arguments.out)
 
@@ -138,29 +144,23 @@ def _read_txt(path: Path) -> Iterator[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", metavar="GLOB", help="local .parquet, .jsonl or .txt files instead of the hub")
-    parser.add_argument("--limit", metavar="N", type=_positive, help="only the first N documents")
+    parser.add_argument("--limit", metavar="N", type=number(int, 1), help="only the first N documents")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="default: %(default)s")
     parser.add_argument(
-        "--workers", metavar="N", type=_positive, default=os.cpu_count(), help="processes (default: %(default)s, one a core)"
+        "--workers",
+        metavar="N",
+        type=number(int, 1),
+        default=os.cpu_count(),
+        help="processes (default: %(default)s, one a core)",
     )
     parser.add_argument(
-        "--val-fraction", metavar="F", type=_fraction, default=0.0005, help="documents held out (default: %(default)s)"
+        "--val-fraction",
+        metavar="F",
+        type=number(float, 0, 1),
+        default=0.0005,
+        help="documents held out (default: %(default)s)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 1")
-    return number
 
 
 if __name__ == "__main__":

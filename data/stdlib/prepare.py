@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.tokenize import write_dataset  # noqa: E402
-from errors import UserError, run_main  # noqa: E402
+from data.tokenize import write_dataset
+from errors import UserError, run_main
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 

@@ -1,0 +1,202 @@
+"""What a run writes about itself: metrics.jsonl always, wandb if asked, a bar on a terminal or plain lines in a log.
+
+metrics.jsonl has two kinds of lines. After update number `step`: {"step", "loss", "lr", "grad_norm", "clipped",
+"step_ms", …}, with "hessian_ms" where an estimate was made, and throughput and Sophia's statistics on the last line of
+a log interval. After validation: {"step", "val_loss"}. Both have "tokens" (seen so far) and "seconds" (spent in steps
+and estimates, compilation included; validation and checkpoints are not).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from config import Config
+from files import whole_file
+
+# Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets; the first name that the device's contains counts.
+# A device that is not listed gets no MFU rather than a wrong one.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.2,
+    "RTX A6000": 154.8,
+    "RTX A5000": 111.1,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def timestamp(device: torch.device) -> Any:
+    """A mark in the device's stream of work, for `milliseconds_between`; on CUDA setting one does not wait."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds_between(start: Any, end: Any) -> float:
+    return 1000 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
+
+
+def throughput(
+    records: list[dict[str, Any]], tokens: int, flops: float | None, device: torch.device, world_size: int
+) -> dict[str, float]:
+    """Of a log interval: tokens/s with the estimates counted in, MFU of the plain steps, peak memory of this rank.
+
+    `tokens` and `flops` are those of a step over all ranks; flops is None where the peaks do not apply (fp32).
+    """
+    step_seconds = sum(r["step_ms"] for r in records) / 1000
+    seconds = sum(_all_ms(r) for r in records) / 1000
+    numbers = {"tokens_per_second": len(records) * tokens / seconds}
+    peak = peak_tflops(device)
+    if peak and flops:
+        numbers["mfu"] = len(records) * flops / step_seconds / (peak * 1e12 * world_size)
+    if device.type == "cuda":
+        numbers["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return numbers
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What a reader needs to repeat the run: commit, versions, device, command."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return {
+        "commit": commit or None,
+        "uncommitted_changes": bool(changed),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": name,
+        "world_size": world_size,
+        "command": " ".join(sys.argv),
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a torn last line, from a process that was killed, is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class RunLog:
+    """The one place that a run's numbers go through, on rank 0."""
+
+    def __init__(self, config: Config, environment: dict[str, Any], step: int, validated_step: int) -> None:
+        """Open the run's folder; lines beyond the checkpoint's `step` or `validated_step` are dropped."""
+        run_dir = config.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        resolved = config.model_dump()
+        for name, content in {"config.json": resolved, "environment.json": environment}.items():
+            with whole_file(run_dir / name) as file:
+                file.write((json.dumps(content, indent=2) + "\n").encode())
+        path = run_dir / "metrics.jsonl"
+        kept = read_metrics(path) if path.exists() else []
+        kept = [r for r in kept if r["step"] <= (validated_step if "val_loss" in r else step)]
+        with whole_file(path) as file:
+            file.write("".join(json.dumps(r) + "\n" for r in kept).encode())
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self.max_steps = config.train.max_steps
+        self.wandb = start_wandb(config, resolved | {"environment": environment})
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=self.max_steps, initial=step, unit="step", desc=config.run, disable=not terminal)
+
+    def steps(self, records: list[dict[str, Any]]) -> None:
+        """Write one log interval, a record a step; the last one goes to wandb and to the console too."""
+        self.file.writelines(json.dumps(r) + "\n" for r in records)
+        self.file.flush()
+        last = records[-1]
+        if self.wandb:
+            self.wandb.log(last)
+        self.bar.update(last["step"] - self.bar.n)
+        self.bar.set_postfix_str(f"loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s")
+        if self.bar.disable:
+            left = (self.max_steps - last["step"]) * sum(_all_ms(r) for r in records) / len(records) / 1000
+            print(
+                f"step {last['step']}/{self.max_steps}  loss {last['loss']:.4f}  lr {last['lr']:.2e}  "
+                f"{last['tokens_per_second']:,.0f} tokens/s  left {time_left(left)}",
+                flush=True,
+            )
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(record)
+        self.message(f"step {record['step']}/{self.max_steps}  validation loss {record['val_loss']:.4f}")
+
+    def message(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(config: Config, resolved: dict[str, Any]) -> Any:
+    """A wandb run named like ours, in the experiment's group, resumed under the id that the run's folder remembers."""
+    if config.wandb.mode == "disabled":
+        return None
+    import wandb
+
+    id_file = config.run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    run = wandb.init(
+        project=config.wandb.project,
+        group=config.experiment,
+        name=config.run,
+        id=id_file.read_text().strip(),
+        resume="allow",
+        mode=config.wandb.mode,
+        dir=str(config.run_dir),
+        config=resolved,
+    )
+    # Our own step, because wandb's counts log calls; tokens and seconds are logged beside it, as axes to choose.
+    run.define_metric("step")
+    run.define_metric("tokens")
+    run.define_metric("seconds")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _all_ms(record: dict[str, Any]) -> float:
+    return record["step_ms"] + record.get("hessian_ms", 0.0)
+
+
+def time_left(seconds: float) -> str:
+    """1 d 02:03:04 as a person reads it."""
+    days, rest = divmod(int(seconds), 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock

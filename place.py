@@ -1,0 +1,74 @@
+"""Where this process runs, and what it agrees on with the others: device, ranks, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from config import Config
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process runs: its rank among all, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def find_place(config: Config) -> Place:
+    """Rank and device, from torchrun's environment and from what the machine has."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind: str = config.train.device
+    if kind == "auto":
+        kind = next(name for name, there in available.items() if there)
+    if not available[kind]:
+        raise UserError(f"train.device = {kind!r}, but this machine has none; use auto")
+    device = torch.device(kind)
+    if kind == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} GPUs for more processes; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        if config.train.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                f"{torch.cuda.get_device_name(device)} has no bfloat16; use --train.dtype=float16 or float32"
+            )
+    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
+
+
+def start_process_group(place: Place) -> None:
+    if place.world_size > 1:
+        # Small decisions travel between the hosts by gloo and never wait for a GPU; gradients travel by NCCL.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo")
+        dist.barrier()  # nobody creates the run's folder before everybody has looked at it
+
+
+def catch_signals() -> list[int]:
+    """A list that the first SIGTERM or SIGINT appears in: the loop then saves and leaves. A second one ends at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return received
+
+
+def agree(flag: bool) -> bool:
+    """True on all ranks if it is true on one. Between the hosts alone: no device is waited for."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)

@@ -1,0 +1,71 @@
+"""What a run would be, found out before it begins: does the batch divide, how long, how large (--dry-run)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from config import Config
+from errors import UserError
+from model import activation_bytes, flops_per_token, num_parameters
+
+
+def check_divisible(config: Config, world_size: int) -> None:
+    """Refuse a batch that ranks and micro-batches do not divide, naming the nearest numbers that work."""
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    if batch % (micro * world_size):
+        unit = micro * world_size
+        batches = sorted({max(batch // unit, 1) * unit, (batch // unit + 1) * unit})
+        micros = [m for m in range(1, batch + 1) if batch % (m * world_size) == 0]
+        nearest = f"train.batch_size {' or '.join(map(str, batches))}"
+        if micros:
+            nearest += f", or train.micro_batch_size {min(micros, key=lambda m: abs(m - micro))}"
+        raise UserError(
+            f"train.batch_size {batch} is not divisible by {unit} "
+            f"(train.micro_batch_size {micro} × {world_size} ranks); use {nearest}"
+        )
+    estimate = config.optimizer.hessian_batch_size
+    if estimate and estimate % world_size:
+        lower, upper = estimate // world_size * world_size, (estimate // world_size + 1) * world_size
+        nearest = f"{lower} or {upper}" if lower else str(upper)
+        raise UserError(
+            f"optimizer.hessian_batch_size {estimate} is not divisible by {world_size} ranks; use {nearest}"
+        )
+
+
+def hessian_micro_batch_size(config: Config, world_size: int) -> int:
+    """Sequences a rank estimates on at once: the largest divisor of its share that the config allows."""
+    share = (config.optimizer.hessian_batch_size or 0) // world_size
+    most = config.optimizer.hessian_micro_batch_size or config.train.micro_batch_size
+    return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+
+
+def print_plan(config: Config, world_size: int, device: str) -> None:
+    """--dry-run: what this run would be, before any of it exists."""
+    recipe = config.train
+    n = num_parameters(config.model)
+    states = 1 if config.optimizer.name == "lion" else 2
+    fixed = 4 * n * (2 + states) + (0 if recipe.dtype == "float32" else 2 * n)  # autocast copies the weights
+    activations = recipe.micro_batch_size * activation_bytes(config.model, recipe.dtype)
+    tokens = recipe.batch_size * config.model.block_size
+    steps = f"{recipe.max_steps:,} steps, {recipe.max_steps * tokens / 1e9:.2f}B tokens"
+    accumulation = recipe.batch_size // (recipe.micro_batch_size * world_size)
+    estimate = ""
+    if config.optimizer.is_sophia:
+        share = (config.optimizer.hessian_batch_size or 0) // world_size
+        size = hessian_micro_batch_size(config, world_size)
+        estimate = f"every {config.optimizer.hessian_interval} steps, {share // size} × {size} sequences a rank"
+    rows = {
+        "run": f"{config.experiment}/{config.run} on {world_size} × {device}, {recipe.dtype}",
+        "parameters": f"{n:,}",
+        "tokens a step": f"{tokens:,} = {recipe.batch_size} sequences of {config.model.block_size}",
+        "accumulation": f"{accumulation} micro-batches of {recipe.micro_batch_size} sequences a rank",
+        "Hessian estimate": estimate or "none",
+        "length": steps,
+        "compute": f"{flops_per_token(config.model) * tokens / 1e12:,.1f} TFLOP a step, estimates not counted",
+        "memory a rank": f"about {(fixed + activations) / 1e9:.1f} GB "
+        f"(weights, gradients, optimizer {fixed / 1e9:.1f}; activations {activations / 1e9:.1f})",
+        "checkpoint": f"{4 * n * (1 + states) / 1e9:.2f} GB, {recipe.keep_checkpoints} newest and the best kept",
+        "output": str(config.run_dir),
+        "data": config.data.path + ("" if Path(config.data.path, "train.bin").exists() else " (not prepared yet)"),
+    }
+    print("\n".join(f"{name:17} {value}" for name, value in rows.items()))

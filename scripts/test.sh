@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Lint, types and tests.
+#
+#   bash scripts/test.sh            # everything that CI runs, under ten minutes on two cores
+#   bash scripts/test.sh --slow     # the long tests alone
+#   bash scripts/test.sh tests/test_sophia.py -k gnb      # arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh requirements-dev.txt
+
+if [ "${1:-}" = --slow ]; then
+    shift
+    exec python -m pytest -m slow "$@"
+fi
+ruff check .
+ruff format --check .
+mypy
+python -m pytest -m "not slow" --durations=10 "$@"

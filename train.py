@@ -1,0 +1,407 @@
+"""Train GPT-2 with AdamW, Lion, Sophia-G or Sophia-H. Whatever is not the optimizer is shared by all of them.
+
+    python train.py configs/quickstart.toml --run=sophia-g
+    torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_125m.toml --run=sophia-g
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py …
+
+Read it from top to bottom; functions stand in the order in which they are called. Step number 1, 2, … is the update
+made from batch 0, 1, …; a batch, and all randomness beside it, is a function of (seed, step), see data/batches.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+import checkpoint
+import metrics
+from config import FREE_KEYS, KEYS, Config, parse_command_line
+from data.batches import (
+    label_uniforms,
+    open_tokens,
+    probe_seed,
+    rank_slices,
+    read_windows,
+    validation_windows,
+    window_offsets,
+)
+from errors import UserError, run_main
+from lion import Lion
+from model import GPT, flops_per_token, mean_loss, summed_loss, weight_decay_groups
+from place import Place, agree, catch_signals, find_place, start_process_group
+from plan import check_divisible, hessian_micro_batch_size, print_plan
+from sophia import Sophia, SophiaG, SophiaH, gnb_estimate, hutchinson_estimate, sampled_label_loss
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    config: Config
+    place: Place
+    tokens: dict[str, np.ndarray]  # "train" and "val"
+    model: GPT
+    forward: nn.Module  # the model, compiled where asked; the same parameters
+    parallel: nn.Module  # forward, averaging gradients over the ranks where there are several
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside the weights and the optimizer's state."""
+
+    step: int = 0  # updates made
+    seconds: float = 0.0  # spent in updates and estimates
+    validated_step: int = -1
+    val_loss: float = math.inf
+    best_loss: float = math.inf  # of the validated checkpoints
+    best_step: int = -1
+
+
+def main() -> None:
+    config, flags = parse_command_line(sys.argv[1:])
+    place = find_place(config)
+    check_divisible(config, place.world_size)
+    if flags.dry_run:
+        if place.rank == 0:
+            print_plan(config, place.world_size, place.device.type)
+        return
+    folder, shape = Path(config.data.path), config.model
+    tokens = {split: open_tokens(folder, split, shape.vocab_size, shape.block_size) for split in ("train", "val")}
+    saved = open_run(config, flags)
+    if saved and saved["step"] == config.train.max_steps:
+        print(f"{config.run_dir}: finished already, {saved['step']} steps")
+        return
+    start_process_group(place)
+    try:
+        train(config, place, tokens, saved)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: dict[str, Any] | None) -> None:
+    """Build the run, then loop: log, validate, save, step."""
+    run = build_run(config, place, tokens)
+    progress = restore(run, saved)
+    log = None
+    if place.rank == 0:
+        environment = metrics.environment(place.device, place.world_size)
+        log = metrics.RunLog(config, environment, progress.step, progress.validated_step)
+    signals = catch_signals()
+    saved_step = progress.step
+    pending: list[dict[str, Any]] = []  # steps whose numbers are still on the device
+
+    while True:
+        stopping = agree(bool(signals))
+        last = progress.step == config.train.max_steps
+        saving = stopping or last or progress.step % config.train.checkpoint_interval == 0
+        if pending and (saving or progress.step % config.train.log_interval == 0):
+            write_steps(run, pending, progress, log)
+            pending.clear()
+        validating = (last or progress.step % config.train.eval_interval == 0) and not stopping
+        if validating and progress.validated_step < progress.step:
+            validate(run, progress, log)
+        if saving and progress.step > saved_step:
+            save(run, progress)
+            saved_step = progress.step
+        if stopping or last:
+            break
+        pending.append(make_step(run, progress.step))
+        progress.step += 1
+
+    if log:
+        if stopping and not last:
+            log.message(f"stopped by a signal after step {progress.step}; the same command with --resume continues")
+        log.close()
+
+
+def open_run(config: Config, flags: argparse.Namespace) -> dict[str, Any] | None:
+    """The checkpoint to continue from, if any. An existing run is refused without --resume, and never changed here."""
+    folder = config.run_dir
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not flags.resume:
+        raise UserError(f"{folder}: exists; add --resume to continue it, or choose another --train.out_dir")
+    saved = checkpoint.load_newest(folder)
+    if saved:
+        refuse_other_run(config, saved["config"])
+    return saved
+
+
+def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:
+    """A resumed run must be the same run: only keys that change no result may differ."""
+    now = config.model_dump()
+    for key in KEYS:
+        section, name = key.split(".")
+        before = saved.get(section, {}).get(name)
+        if key not in FREE_KEYS and now[section][name] != before:
+            raise UserError(
+                f"{config.run_dir}: was begun with {key} = {before}, now it is {now[section][name]}; "
+                f"set it back, or choose another --train.out_dir"
+            )
+
+
+def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Run:
+    torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
+    torch.manual_seed(config.train.seed)
+    model = GPT(config.model).to(place.device)  # initialised on the CPU: the same weights for every device
+    forward: Any = torch.compile(model, dynamic=False) if config.train.compile else model
+    parallel = forward
+    if place.world_size > 1:
+        # Around the compiled model, so that it is one graph; the buckets that are averaged are the gradients.
+        devices = [place.device.index] if place.device.type == "cuda" else None
+        parallel = DistributedDataParallel(
+            forward, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    scaler = torch.amp.GradScaler(place.device.type, enabled=config.train.dtype == "float16")
+    return Run(config, place, tokens, model, forward, parallel, make_optimizer(config, model, place.device), scaler)
+
+
+def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:
+    o = config.optimizer
+    groups = weight_decay_groups(model, o.weight_decay)
+    betas = (o.beta1, o.beta2)
+    if o.name == "lion":
+        return Lion(groups, lr=o.lr, betas=betas, fused=config.train.compile)
+    assert o.eps is not None  # the schema demands it
+    if o.name == "adamw":
+        return AdamW(groups, lr=o.lr, betas=betas, eps=o.eps, fused=device.type in ("cuda", "cpu"))
+    assert o.rho is not None
+    sophia = SophiaG if o.name == "sophia-g" else SophiaH
+    return sophia(groups, lr=o.lr, betas=betas, rho=o.rho, eps=o.eps, fused=config.train.compile)
+
+
+def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
+    if saved is None:
+        return Progress()
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scaler.load_state_dict(saved["scaler"])
+    return Progress(**{key: saved[key] for key in asdict(Progress())})
+
+
+def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log: metrics.RunLog | None) -> None:
+    """Fetch the numbers of the steps since the last time (the only wait for the device) and log them.
+
+    Raises UserError where the loss is no number; the checkpoints made before stay.
+    """
+    losses = torch.stack([step["loss"] for step in pending])
+    if run.place.world_size > 1:
+        dist.all_reduce(losses)
+        losses /= run.place.world_size
+    grad_norms = torch.stack([step["grad_norm"] for step in pending])
+    tokens = run.config.train.batch_size * run.config.model.block_size
+    records = []
+    for step, loss, grad_norm in zip(pending, losses.tolist(), grad_norms.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{run.config.run_dir}: loss {loss} in step {step['step']}; its last checkpoint stays. "
+                f"Begin again with a lower optimizer.lr, a longer warm-up or (Sophia) a larger rho"
+            )
+        started, estimated, ended = step["timestamps"]
+        record = {key: step[key] for key in ("step", "lr")} | {"loss": loss, "grad_norm": grad_norm}
+        record["clipped"] = 0 < run.config.train.grad_clip < grad_norm
+        record["step_ms"] = metrics.milliseconds_between(estimated, ended)
+        if estimated is not started:
+            record["hessian_ms"] = metrics.milliseconds_between(started, estimated)
+        progress.seconds += (record["step_ms"] + record.get("hessian_ms", 0.0)) / 1000
+        records.append(record | {"tokens": step["step"] * tokens, "seconds": progress.seconds})
+    if log:
+        flops = flops_per_token(run.config.model) * tokens if run.config.train.dtype != "float32" else None
+        records[-1] |= metrics.throughput(records, tokens, flops, run.place.device, run.place.world_size)
+        if isinstance(run.optimizer, Sophia):
+            records[-1] |= {name: value.item() for name, value in run.optimizer.statistics().items()}
+        log.steps(records)
+
+
+@torch.no_grad()
+def validate(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
+    """Mean loss over the validation windows, the same for every run, shared out over the ranks."""
+    config, place = run.config, run.place
+    sums, counts = [torch.zeros((), device=place.device)], 0
+    for x, y in validation_windows(
+        run.tokens["val"],
+        config.model.block_size,
+        config.train.eval_windows,
+        config.train.micro_batch_size,
+        config.model.vocab_size,
+        place.rank,
+        place.world_size,
+    ):
+        with autocast(config, place.device):
+            sums.append(run.forward(to_device(x, place.device), summed_loss, to_device(y, place.device)))
+        counts += int((y >= 0).sum())
+    total = torch.tensor([torch.stack(sums).cpu().double().sum(), counts], dtype=torch.float64)
+    if place.world_size > 1:
+        dist.all_reduce(total)
+    progress.val_loss, progress.validated_step = float(total[0] / total[1]), progress.step
+    if log:
+        tokens = progress.step * config.train.batch_size * config.model.block_size
+        at = {"step": progress.step, "tokens": tokens, "seconds": progress.seconds}
+        log.validation(at | {"val_loss": progress.val_loss})
+
+
+def save(run: Run, progress: Progress) -> None:
+    if progress.validated_step == progress.step and progress.val_loss < progress.best_loss:
+        progress.best_loss, progress.best_step = progress.val_loss, progress.step
+    if run.place.rank == 0:
+        state = {"config": run.config.model_dump(), "model": run.model.state_dict()}
+        state |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()} | asdict(progress)
+        checkpoint.save(run.config.run_dir, state, run.config.train.keep_checkpoints)
+
+
+def make_step(run: Run, step: int) -> dict[str, Any]:
+    """One update, from batch number `step`. Nothing here waits for the device (but fp16's scaler, which must)."""
+    config, place, optimizer = run.config, run.place, run.optimizer
+    lr = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    estimated = started = metrics.timestamp(place.device)
+    if isinstance(optimizer, Sophia) and step % (config.optimizer.hessian_interval or 1) == 0:
+        update_hessian(run, optimizer, step)
+        estimated = metrics.timestamp(place.device)
+
+    size, micro_size = config.train.batch_size, config.train.micro_batch_size
+    loss = accumulate_gradient(run, mean_loss, read_batch(run, step, size, micro_size), size // micro_size)
+    run.scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.train.grad_clip or math.inf)
+    run.scaler.step(optimizer)
+    run.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    timestamps = (started, estimated, metrics.timestamp(place.device))
+    return {"step": step + 1, "lr": lr, "loss": loss, "grad_norm": grad_norm, "timestamps": timestamps}
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up to the peak, then a cosine down to final_lr_ratio × peak at max_steps. `step` counts from 0."""
+    peak, floor = config.optimizer.lr, config.train.final_lr_ratio
+    warmup, total = config.train.warmup_steps, config.train.max_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)  # not 0 in the first step, which would be wasted
+    decayed = (step - warmup) / max(total - warmup, 1)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decayed)))
+
+
+def read_batch(run: Run, step: int, size: int, micro_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's inputs and targets, (B, T) a micro-batch, of the first `size` sequences of a step's batch."""
+    config, place, tokens = run.config, run.place, run.tokens["train"]
+    block_size = config.model.block_size
+    offsets = window_offsets(config.train.seed, step, len(tokens), block_size, config.train.batch_size)
+    for rows in rank_slices(size, micro_size, place.rank, place.world_size):
+        x, y = read_windows(tokens, offsets[rows], block_size, config.model.vocab_size)
+        yield to_device(x, place.device), to_device(y, place.device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting: out of pinned memory the copy runs beside the computation."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    if config.train.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, config.train.dtype))
+
+
+def accumulate_gradient(
+    run: Run, criterion: Callable[[Tensor, Tensor], Tensor], batches: Iterator[tuple[Tensor, Tensor]], count: int
+) -> Tensor:
+    """Put into .grad the gradient of the criterion, averaged over the `count` micro-batches of all ranks together.
+
+    Returns this rank's mean of the criterion, still on the device. With fp16 the gradient carries the scaler's factor.
+    """
+    mine = count // run.place.world_size
+    losses = []
+    for index, (x, labels) in enumerate(batches, start=1):
+        if isinstance(run.parallel, DistributedDataParallel):
+            # Read in forward: the ranks exchange gradients in the last backward alone.
+            run.parallel.require_backward_grad_sync = index == mine
+        with autocast(run.config, run.place.device):
+            loss = run.parallel(x, criterion, labels)
+        run.scaler.scale(loss / mine).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def update_hessian(run: Run, optimizer: Sophia, step: int) -> None:
+    """Estimate the Hessian's diagonal on the first hessian_batch_size sequences of the step's batch, at its weights."""
+    config, place = run.config, run.place
+    size = config.optimizer.hessian_batch_size
+    assert size is not None  # the schema demands it
+    micro_size = hessian_micro_batch_size(config, place.world_size)
+    batches = read_batch(run, step, size, micro_size)
+    if isinstance(optimizer, SophiaH):
+        optimizer.update_hessian(hutchinson(run, batches, size // micro_size, step))
+        return
+    uniforms = torch.from_numpy(label_uniforms(config.train.seed, step, size, config.model.block_size))
+    rows = rank_slices(size, micro_size, place.rank, place.world_size)
+    sampled = ((x, to_device(uniforms[r], place.device)) for (x, _), r in zip(batches, rows, strict=True))
+    accumulate_gradient(run, sampled_label_loss, sampled, size // micro_size)
+    if unscale_gradient(run):
+        optimizer.update_hessian(gnb_estimate(run.model.parameters(), n_labels=size * config.model.block_size))
+    optimizer.zero_grad(set_to_none=True)
+
+
+def unscale_gradient(run: Run) -> bool:
+    """Divide by fp16's loss scale, if there is one; False where the gradient overflowed (that estimate is left out)."""
+    if not run.scaler.is_enabled():
+        return True
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    torch._foreach_div_(gradients, run.scaler.get_scale())
+    return all(bool(g.isfinite().all()) for g in gradients)
+
+
+def hutchinson(run: Run, batches: Iterator[tuple[Tensor, Tensor]], count: int, step: int) -> dict[Tensor, Tensor]:
+    """Hutchinson's estimate over the `count` micro-batches of all ranks together, with one probe for all of them."""
+    config, device = run.config, run.place.device
+    named = dict(run.model.named_parameters())
+    params = {name: p.detach() for name, p in named.items()}
+    generator = torch.Generator(device).manual_seed(probe_seed(config.train.seed, step))
+    probes = {name: torch.randn(p.shape, generator=generator, device=device) for name, p in params.items()}
+    # float16 is too narrow for second derivatives, and no scaler knows them: then in float32.
+    context = nullcontext() if config.train.dtype == "float16" else autocast(config, device)
+    estimate = compiled(hutchinson_micro_batch) if config.train.compile else hutchinson_micro_batch
+    totals = [torch.zeros_like(p) for p in params.values()]
+    for x, y in batches:
+        with context:
+            torch._foreach_add_(totals, list(estimate(run.model, params, probes, x, y).values()), alpha=1 / count)
+    if run.place.world_size > 1:
+        for total in totals:
+            dist.all_reduce(total)
+    return dict(zip(named.values(), totals, strict=True))
+
+
+def hutchinson_micro_batch(
+    model: GPT, params: dict[str, Tensor], probes: dict[str, Tensor], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """u ⊙ Hu of one micro-batch; attention in plain operations, because the fused kernels have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return hutchinson_estimate(lambda p: functional_call(model, p, (x, mean_loss, y)), params, probes)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+if __name__ == "__main__":
+    run_main(main)
