@@ -6,15 +6,13 @@ randomness of a step derives from (seed, step).
 
 from __future__ import annotations
 
-import pickle
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from errors import UserError
+from errors import UserError, reason
 from files import whole_file
 
 
@@ -37,8 +35,9 @@ def save(run_dir: Path, state: dict[str, Any], keep: int) -> None:
         with whole_file(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot write ({reason}); free some space and add --resume, older ones stay") from None
+        raise UserError(
+            f"{path}: cannot write ({reason(error)}); free some space and add --resume, older ones stay"
+        ) from None
     for old in checkpoints(run_dir)[:-keep]:
         if old != path_of(run_dir, state["best_step"]):
             old.unlink()
@@ -53,10 +52,8 @@ def load(path: Path) -> dict[str, Any]:
         return state
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: unreadable ({str(error).splitlines()[0][:120]}); remove it to use an older one"
-        ) from None
+    except Exception as error:  # there is no telling what damaged bytes make the reader trip over
+        raise UserError(f"{path}: unreadable ({reason(error)}); remove it to use an older one") from None
 
 
 def load_newest(run_dir: Path) -> dict[str, Any] | None:

@@ -225,7 +225,7 @@ def _literal(key: str, text: str) -> Any:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")  # a misspelt key, before it is missing
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}{_nearest(key)}"
@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train one run of an experiment file.",
-        epilog="Example: torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_125m.toml --run=sophia-g",
+        epilog="Example: torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g",
         allow_abbrev=False,
     )
     parser.add_argument("experiment", metavar="EXPERIMENT.toml", help="experiment file, e.g. configs/quickstart.toml")

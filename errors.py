@@ -13,6 +13,11 @@ class UserError(Exception):
     """A mistake in the input (a config, a file, a flag). Its message is one line for the user, not for a debugger."""
 
 
+def reason(error: Exception) -> str:
+    """An exception in one short line, for the message of a UserError."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and exit status 2, every other error stays loud."""
     try:

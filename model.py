@@ -143,7 +143,7 @@ def activation_bytes(config: ModelConfig, dtype: str) -> int:
     """Memory that forward keeps for backward, a sequence; a rule of thumb.
 
     A block keeps 36 bytes a channel and token with a 16-bit autocast and 64 in fp32 (counted on autograd's saved
-    tensors with fused attention); the head keeps fp32 log-probabilities, and the loss's gradient needs twice as much again.
+    tensors with fused attention); the head keeps fp32 log-probabilities, and the gradient of the loss twice as much.
     """
     block = 64 if dtype == "float32" else 36
     return config.block_size * (block * config.n_layer * config.n_embd + 12 * config.vocab_size)

@@ -83,7 +83,7 @@ class Sophia(Optimizer):
         super().__init__(params, defaults | {"foreach": foreach, "fused": fused})
 
     @torch.no_grad()
-    def update_hessian(self, estimates: Mapping[Tensor, Tensor]) -> None:
+    def update_hessian(self, estimates: Mapping[Any, Tensor]) -> None:
         """h ← β₂ h + (1 − β₂) ĥ for each ``{parameter: ĥ}``, ĥ being in units of the mean loss (Algorithm 3).
 
         Call it before :meth:`step`, with an estimate at the current parameters; a parameter left out keeps its h.

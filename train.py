@@ -1,8 +1,8 @@
 """Train GPT-2 with AdamW, Lion, Sophia-G or Sophia-H. Whatever is not the optimizer is shared by all of them.
 
     python train.py configs/quickstart.toml --run=sophia-g
-    torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_125m.toml --run=sophia-g
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py …
+    torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -- train.py …
 
 Read it from top to bottom; functions stand in the order in which they are called. Step number 1, 2, … is the update
 made from batch 0, 1, …; a batch, and all randomness beside it, is a function of (seed, step), see data/batches.py.

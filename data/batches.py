@@ -28,16 +28,16 @@ SCAN_TOKENS = 1_000_000_000
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The folder's meta.json, or {} where there is none (files made by nanoGPT)."""
+    """The folder's meta.json, or {} where there is none (files made by nanoGPT). Raises UserError for a damaged one."""
     path = folder / "meta.json"
     if not path.exists():
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(meta, dict)
+        int(meta["vocab_size"]), [int(split["tokens"]) for split in meta["splits"].values()]
         return meta
-    except (OSError, ValueError, AssertionError):
-        raise UserError(f"{path}: not readable as JSON; prepare the data again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged; remove the folder and prepare the data again") from None
 
 
 def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> np.ndarray:

@@ -74,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's folder, or one of its .pt files")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: begin a document)")
-    parser.add_argument(
-        "--tokens", type=number(int, 1), default=200, metavar="N", help="how many (default %(default)s)"
-    )
+    parser.add_argument("--tokens", type=number(int, 1), default=200, metavar="N", help="default %(default)s")
     parser.add_argument("--temperature", type=number(float, 0), default=0.8, metavar="T", help="default %(default)s")
     parser.add_argument("--top-k", type=number(int, 0), default=200, metavar="K", help="0: all (default %(default)s)")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="default %(default)s")

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.tokenize import write_dataset
-from errors import UserError, number, run_main
+from errors import UserError, number, reason, run_main
 
 HUB_ID = "Skylion007/openwebtext"
 HUB_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
@@ -44,6 +44,7 @@ def main() -> None:
         shards: list[Callable[[], Iterator[str]]] = [partial(read_documents, path) for path in paths]
         available = sum(counts)
     else:
+        fetch_hub_shard(HUB_SHARDS[0])  # fails here, before any file is made, where there is no network
         source = {"hub": HUB_ID, "revision": HUB_REVISION}
         shards = [partial(read_hub_shard, shard) for shard in HUB_SHARDS]
         available = HUB_DOCUMENTS
@@ -71,19 +72,27 @@ def report(meta: dict[str, Any], whole_hub: bool, out: Path) -> None:
 
 
 def read_hub_shard(shard: str) -> Iterator[str]:
-    """Download a shard (or find it in the hub's cache) and read it."""
+    """Read a shard of the hub's."""
+    yield from read_documents(fetch_hub_shard(shard))
+
+
+def fetch_hub_shard(shard: str) -> Path:
+    """Download a shard, or find it in the hub's cache. Raises UserError where neither works."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries are announced in several lines each
     try:
-        path = hf_hub_download(HUB_ID, shard, repo_type="dataset", revision=HUB_REVISION)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise UserError(
-            f"{HUB_ID}/{shard}: download failed ({reason}); check the network and run the same command again, "
-            f"or use local files with --files"
-        ) from None
-    return read_documents(Path(path))
+        return Path(hf_hub_download(HUB_ID, shard, repo_type="dataset", revision=HUB_REVISION))
+    except LocalEntryNotFoundError:
+        problem = "the hub cannot be reached"
+    except (HfHubHTTPError, OSError) as error:
+        problem = reason(error)
+    raise UserError(
+        f"{HUB_ID}/{shard}: download failed ({problem}); run the same command again with a network, "
+        f"or use local files with --files"
+    )
 
 
 def count_documents(path: Path) -> int:
@@ -101,7 +110,7 @@ def read_documents(path: Path) -> Iterator[str]:
     try:
         yield from readers[path.suffix](path)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: unreadable ({str(error).splitlines()[0]}); replace the file") from None
+        raise UserError(f"{path}: unreadable ({reason(error)}); replace the file") from None
 
 
 def _open_parquet(path: Path) -> Any:
@@ -111,7 +120,7 @@ def _open_parquet(path: Path) -> Any:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: unreadable as parquet ({str(error).splitlines()[0]}); replace the file") from None
+        raise UserError(f"{path}: unreadable as parquet ({reason(error)}); replace the file") from None
     if "text" not in file.schema_arrow.names:
         raise UserError(f"{path}: has no column named text, but {', '.join(file.schema_arrow.names)}")
     return file
@@ -124,7 +133,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
         for batch in _open_parquet(path).iter_batches(batch_size=1024, columns=["text"]):
             yield from (text or "" for text in batch.column(0).to_pylist())
     except pa.ArrowException as error:
-        raise UserError(f"{path}: damaged parquet ({str(error).splitlines()[0]}); replace the file") from None
+        raise UserError(f"{path}: damaged parquet ({reason(error)}); replace the file") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
@@ -158,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         type=number(float, 0, 1),
         default=0.0005,
-        help="documents held out (default: %(default)s)",
+        help="held out (default: %(default)s)",
     )
     return parser
 

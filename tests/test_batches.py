@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.batches import (
+    label_uniforms,
+    open_tokens,
+    probe_seed,
+    rank_slices,
+    read_windows,
+    validation_windows,
+    window_offsets,
+)
+from errors import UserError
+
+
+def write(folder: Path, tokens: object, split: str = "train") -> Path:
+    np.array(tokens, "<u2").tofile(folder / f"{split}.bin")
+    return folder
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    offsets = window_offsets(seed=7, step=3, n_tokens=10_000, block_size=100, batch_size=64)
+    assert (offsets == window_offsets(7, 3, 10_000, 100, 64)).all()
+    assert (offsets != window_offsets(7, 4, 10_000, 100, 64)).any()
+    assert (offsets != window_offsets(8, 3, 10_000, 100, 64)).any()
+    assert (offsets[:16] == window_offsets(7, 3, 10_000, 100, 16)).all()  # a smaller batch is the beginning of a larger
+
+
+def test_the_data_order_is_pinned() -> None:
+    """Another numpy must not change which tokens a step sees: these are Philox's raw outputs, worked out once."""
+    assert window_offsets(1337, 0, 1_000_000, 1024, 4).tolist() == [460361, 20435, 244846, 713893]
+    assert probe_seed(1337, 5) == 6691736118569138928
+
+
+def test_offsets_cover_all_windows_evenly() -> None:
+    offsets = np.concatenate([window_offsets(0, step, 50, 10, 1000) for step in range(20)])
+    counts = np.bincount(offsets, minlength=40)
+    assert len(counts) == 40  # 0 to 39: the last window is tokens 39 to 49
+    assert ((counts - 500) ** 2 / 500).sum() < 73  # chi-square's 0.999 quantile for 39 degrees of freedom
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 24), (1, 6), (2, 4), (3, 8), (4, 1)])
+def test_ranks_and_micro_batches_partition_the_batch_in_order(world_size: int, micro: int) -> None:
+    batch = np.arange(24)
+    parts = [batch[rows] for rank in range(world_size) for rows in rank_slices(24, micro, rank, world_size)]
+    assert np.concatenate(parts).tolist() == batch.tolist()
+    assert {len(part) for part in parts} == {micro}
+
+
+def test_uniforms_are_uniform_and_for_each_sequence_its_own() -> None:
+    uniforms = label_uniforms(0, 0, 100, 1000)
+    assert uniforms.dtype == np.float32
+    assert uniforms.min() >= 0
+    assert uniforms.max() < 1
+    assert np.abs(np.histogram(uniforms, 10)[0] / 10_000 - 1).max() < 0.05
+    assert (uniforms[:3] == label_uniforms(0, 0, 3, 1000)).all()
+    assert len({probe_seed(0, step) for step in range(100)}) == 100
+
+
+def test_targets_are_the_next_tokens(tmp_path: Path) -> None:
+    tokens = open_tokens(write(tmp_path, np.arange(50)), "train", 50, 8)
+    x, y = read_windows(tokens, np.array([0, 41]), 8, 50)
+    assert x.tolist() == [list(range(8)), list(range(41, 49))]
+    assert y.tolist() == [list(range(1, 9)), list(range(42, 50))]
+    assert x.dtype == torch.int64
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_predicts_every_token_once(world_size: int) -> None:
+    tokens = np.arange(100, dtype="<u2")  # 99 targets: 12 windows of 8, 3 tokens left over
+    targets: list[int] = []
+    for rank in range(world_size):
+        for x, y in validation_windows(tokens, 8, 0, 5, 100, rank, world_size):
+            assert x.shape == y.shape == (5, 8)
+            assert (y[y >= 0] == x[y >= 0] + 1).all()
+            targets += y[y >= 0].tolist()
+    assert sorted(targets) == list(range(1, 97))
+    limited = [y for _, y in validation_windows(tokens, 8, 3, 5, 100, 0, 1)]
+    assert torch.cat(limited)[:3].flatten().tolist() == list(range(1, 25))
+
+
+def test_a_rank_without_validation_windows_yields_none() -> None:
+    assert list(validation_windows(np.arange(20, dtype="<u2"), 8, 0, 5, 20, rank=2, world_size=3)) == []
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(UserError, match=match) as error:
+        open_tokens(folder, "train", 61, 16)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
+    refused(tmp_path, "no such file; make it")
+    write(tmp_path, [1] * 16)
+    refused(tmp_path, "16 tokens, shorter than one window")
+    write(tmp_path, [1] * 30 + [61] + [1] * 30)
+    refused(tmp_path, "token 61 is beyond model.vocab_size 61")
+    (tmp_path / "train.bin").write_bytes(b"\0" * 101)
+    refused(tmp_path, "101 bytes, but an even number")
+    write(tmp_path, [1] * 100)
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 61, "splits": {"train": {"tokens": 200}}}))
+    refused(tmp_path, "200 bytes, but 400 bytes by its meta.json; it is truncated")
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 257, "splits": {"train": {"tokens": 100}}}))
+    refused(tmp_path, "set model.vocab_size = 257")
+    for broken in ("{", "[]", '{"splits": []}', '{"splits": {"train": {"tokens": "x"}}}'):
+        (tmp_path / "meta.json").write_text(broken)
+        refused(tmp_path, "meta.json")
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_when_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="token 99 is beyond"):
+        read_windows(np.full(50, 99, "<u2"), np.array([0]), 8, 61)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from config import ModelConfig, load_experiment
+from model import GPT, flops_per_token, mean_loss, num_parameters, summed_loss, weight_decay_groups
+from tests.conftest import ROOT
+
+SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=301)
+
+
+@pytest.mark.parametrize("scaling", [True, False])
+def test_logits_equal_transformers_gpt2(scaling: bool) -> None:
+    torch.manual_seed(0)
+    model = GPT(SHAPE.model_copy(update={"scale_attn_by_inverse_layer_idx": scaling})).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)  # also the norms' weights, so that none of them is the identity
+    reference = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=301, n_positions=32, n_embd=64, n_layer=3, n_head=4, scale_attn_by_inverse_layer_idx=scaling
+        )
+    ).eval()
+    copy_into_transformers(model, reference)
+    tokens = torch.randint(301, (2, 32))
+    with torch.no_grad():
+        ours, theirs = model(tokens), reference(tokens).logits
+    assert ours.shape == (2, 32, 301)
+    assert theirs.std() > 0.5
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def copy_into_transformers(model: GPT, reference: GPT2LMHeadModel) -> None:
+    """Our weights into theirs: their linear maps are transposed, and have biases, which become 0."""
+    theirs = dict(reference.named_parameters())
+    with torch.no_grad():
+        for parameter in theirs.values():
+            parameter.zero_()
+        for name, parameter in model.named_parameters():
+            linear = parameter.ndim == 2 and name.startswith("blocks")
+            target = theirs["transformer." + name.replace("blocks", "h")]
+            target.copy_(parameter.T if linear else parameter[: len(target)])  # without the embedding's padding rows
+
+
+def test_a_later_token_changes_no_earlier_logit() -> None:
+    torch.manual_seed(0)
+    model = GPT(SHAPE)
+    tokens = torch.randint(301, (1, 32))
+    changed = tokens.clone()
+    changed[0, 20] = (tokens[0, 20] + 1) % 301
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20], atol=0, rtol=0)
+    assert (before[:, 20:] != after[:, 20:]).any(-1).all()
+
+
+def test_initialisation_is_gpt2s() -> None:
+    torch.manual_seed(0)
+    model = GPT(SHAPE.model_copy(update={"n_embd": 256}))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == 1).all()
+            continue
+        wanted = 0.02 / math.sqrt(2 * 3) if name.endswith("c_proj.weight") else 0.02
+        assert parameter.std().item() == pytest.approx(wanted, rel=0.05), name
+        assert parameter.mean().item() == pytest.approx(0, abs=wanted / 10), name
+
+
+def test_padding_rows_have_no_gradient_and_no_logit() -> None:
+    model = GPT(SHAPE)
+    assert model.wte.weight.shape[0] == 320
+    tokens = torch.randint(301, (2, 32))
+    model(tokens, mean_loss, tokens).backward()
+    assert model.wte.weight.grad is not None
+    assert (model.wte.weight.grad[301:] == 0).all()
+    assert (model.wte.weight.grad[:301] != 0).any(-1).all()
+
+
+def test_only_the_linear_maps_decay() -> None:
+    model = GPT(SHAPE)
+    decayed, others = weight_decay_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[-2] for p in decayed["params"]} == {"c_attn", "c_proj", "c_fc"}
+    assert decayed["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "gflops"),
+    [
+        ("30m", 30.33, 0.208),
+        ("125m", 124.4, 0.855),
+        ("355m", 354.6, 2.423),
+        ("770m", 773.6, 5.199),
+        ("1.5b", 1557, 10.27),
+    ],
+)
+def test_sizes_and_flops(name: str, millions: float, gflops: float) -> None:
+    """Known counts: GPT-2's sizes with the padded table and without biases; nanoGPT's FLOPs formula worked by hand."""
+    shape = load_experiment(ROOT / f"configs/gpt2_{name}.toml", "adamw").model
+    assert num_parameters(shape) / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert flops_per_token(shape) / 1e9 == pytest.approx(gflops, rel=1e-3)
+
+
+def test_losses_are_in_nats_and_leave_out_what_they_should() -> None:
+    logits = torch.zeros(2, 3, 7)
+    targets = torch.tensor([[0, 1, 2], [3, -1, -1]])
+    assert mean_loss(logits[:1], targets[:1]).item() == pytest.approx(math.log(7))
+    assert summed_loss(logits, targets).item() == pytest.approx(4 * math.log(7))
+    assert mean_loss(logits.bfloat16(), targets.clamp(min=0)).dtype == torch.float32

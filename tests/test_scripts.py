@@ -1,0 +1,151 @@
+"""compare.py, sample.py, wandb: what a person looks at after training."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from config import ModelConfig
+from model import GPT
+from scripts import compare, sample
+from tests.conftest import OPTIMIZERS, ROOT, read_lines
+from tests.wandb_file import read_history
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def refused(name: str, *arguments: object) -> str:
+    done = run_script(name, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_compare_prints_the_table_and_draws_the_picture(experiment: Path, run_train, tmp_path: Path) -> None:
+    for run in OPTIMIZERS:
+        run_train(experiment, f"--run={run}")
+    done = run_script("compare.py", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in done.stdout.splitlines()]
+    rows = [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:6]]
+    assert [row["run"] for row in rows] == [f"tiny/{run}" for run in OPTIMIZERS]
+    for row, run in zip(rows, OPTIMIZERS, strict=True):
+        losses = [loss for _, loss in read_lines(tmp_path / "out/tiny" / run, "val_loss")]
+        assert row["val loss"] == f"{losses[-1]:.4f}"
+        assert row["best"] == f"{min(losses):.4f}"
+        assert row["steps"] == "12"
+        assert (row["T(Hessian) ms"] == "–") == (not run.startswith("sophia"))
+    picture = (tmp_path / "out/compare.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+
+
+def test_table_row_works_out_known_numbers() -> None:
+    records = [
+        {"step": i, "loss": 1.0, "step_ms": ms, "tokens": 100 * i, "seconds": 2.0 * i, "clipped": i == 1}
+        for i, ms in enumerate((9000.0, 10.0, 12.0, 11.0), start=1)
+    ]
+    records[3]["hessian_ms"] = 7.0
+    validations = [{"val_loss": loss} for loss in (3.0, 1.0, 1.5)]
+    row = compare.table_row({"name": "a/b", "records": records, "validations": validations})
+    assert row == {
+        "run": "a/b",
+        "val loss": "1.5000",
+        "best": "1.0000",
+        "steps": "4",
+        "tokens": "0.0M",
+        "hours": "0.002",
+        "T(step) ms": "11.5",
+        "T(Hessian) ms": "7.0",
+        "tokens/s": "50",
+        "clipped": "25.0%",
+    }
+
+
+def test_compare_says_which_run_is_unfinished_and_refuses_nothing_to_compare(
+    experiment: Path, run_train, tmp_path: Path
+) -> None:
+    assert "no run with a validation" in refused("compare.py", tmp_path)
+    run_train(experiment, "--run=adamw")
+    metrics = tmp_path / "out/tiny/adamw/metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:7]) + '{"torn')
+    done = run_script("compare.py", tmp_path / "out/tiny", "--png", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert "tiny/adamw is unfinished" in done.stdout
+    assert "cannot write the picture" in refused("compare.py", tmp_path / "out", "--png", tmp_path / "a.xyz")
+    (tmp_path / "out/tiny/adamw/config.json").write_text("{")
+    assert "damaged" in refused("compare.py", tmp_path / "out")
+
+
+def test_sample_continues_a_pattern_it_was_taught() -> None:
+    """A model that only ever saw x → x + 1 must write it, under any temperature it is sure at."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=11))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pattern = (torch.arange(9) + torch.arange(11).unsqueeze(1)) % 11  # (11, 9)
+    for _ in range(150):
+        loss = torch.nn.functional.cross_entropy(model(pattern[:, :-1]).flatten(0, 1), pattern[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    start = torch.tensor([[3, 4]])
+    for temperature, top_k in ((0.0, 0), (1.0, 1), (0.5, 5)):
+        written = sample.generate(model, start, 20, temperature, top_k, torch.Generator().manual_seed(0))
+        assert written.tolist() == [[(3 + i) % 11 for i in range(22)]]
+
+
+def test_sample_writes_from_a_run_and_refuses_what_is_none(experiment: Path, run_train, tmp_path: Path) -> None:
+    run_train(experiment, "--run=adamw", "--data.path=" + str(byte_data(tmp_path)), "--model.vocab_size=257")
+    folder = tmp_path / "out/tiny/adamw"
+    arguments = ["--prompt", "ab", "--tokens", 20, "--seed", 3]
+    one, two = (run_script("sample.py", path, *arguments) for path in (folder, folder / "step_00000012.pt"))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.startswith("ab")
+    assert one.stdout == two.stdout
+    assert "no such checkpoint" in refused("sample.py", tmp_path / "none.pt")
+    assert "no checkpoint in it" in refused("sample.py", tmp_path)
+    (tmp_path / "torn.pt").write_bytes((folder / "step_00000012.pt").read_bytes()[:500])
+    assert "torn.pt: unreadable" in refused("sample.py", tmp_path / "torn.pt")
+
+
+def byte_data(tmp_path: Path) -> Path:
+    folder = tmp_path / "bytes"
+    folder.mkdir()
+    splits = {}
+    for split in ("train", "val"):
+        (folder / f"{split}.bin").write_bytes(b"a\0b\0c\0" * 200)
+        splits[split] = {"tokens": 600}
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "splits": splits}))
+    return folder
+
+
+def test_wandb_offline_has_what_metrics_jsonl_has(experiment: Path, run_train, tmp_path: Path) -> None:
+    run_train(experiment, "--run=sophia-g", "--wandb.mode=offline")
+    folder = tmp_path / "out/tiny/sophia-g"
+    (stored,) = folder.rglob("run-*.wandb")
+    run, rows = read_history(stored)
+    assert (run.run_group, run.display_name) == ("tiny", "sophia-g")
+    for key in ("loss", "val_loss", "tokens", "seconds"):
+        assert [(row["step"], row[key]) for row in rows if key in row] == read_lines(folder, key)
+
+
+def test_wandb_is_not_imported_unless_it_is_used() -> None:
+    check = "import sys, train; sys.exit(any(name in sys.modules for name in ('wandb', 'pyarrow', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
+def test_mfu_is_known_for_known_devices_alone() -> None:
+    from metrics import throughput, time_left
+
+    records = [{"step_ms": 500.0}, {"step_ms": 300.0, "hessian_ms": 200.0}]
+    assert throughput(records, 1000, 1e12, torch.device("cpu"), 1) == {"tokens_per_second": 2000.0}
+    assert time_left(math.floor(86400 + 2 * 3600 + 61)) == "1 d 02:01:01"
