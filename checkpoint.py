@@ -46,7 +46,8 @@ def save(run_dir: Path, state: dict[str, Any], keep: int) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Read one checkpoint onto the CPU. Nothing in it is executed. Raises UserError for a file that is not whole."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, not read: the ranks of a node share one copy of it in the page cache.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict) or not {"step", "model", "config"} <= state.keys():
             raise ValueError("not a checkpoint of this trainer")
         return state

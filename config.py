@@ -244,6 +244,7 @@ def _nearest(key: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
+        usage="train.py EXPERIMENT.toml --run=NAME [--resume] [--dry-run] [--SECTION.KEY=VALUE …]",
         description="Train one run of an experiment file.",
         epilog="Example: torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g",
         allow_abbrev=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from config import Config
 from errors import UserError
+
+COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")  # torch.compile calls one, on GPUs too
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ def find_place(config: Config) -> Place:
         kind = next(name for name, there in available.items() if there)
     if not available[kind]:
         raise UserError(f"train.device = {kind!r}, but this machine has none; use auto")
+    if config.train.compile and not any(map(shutil.which, COMPILERS)):
+        raise UserError(f"train.compile needs a C compiler ({', '.join(COMPILERS)}); install one or set it to false")
     device = torch.device(kind)
     if kind == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -49,7 +54,7 @@ def start_process_group(place: Place) -> None:
     if place.world_size > 1:
         # Small decisions travel between the hosts by gloo and never wait for a GPU; gradients travel by NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo")
-        dist.barrier()  # nobody creates the run's folder before everybody has looked at it
+        agree(False)  # a barrier: nobody creates the run's folder before everybody has looked at it
 
 
 def catch_signals() -> list[int]:

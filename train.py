@@ -86,7 +86,7 @@ def main() -> None:
     folder, shape = Path(config.data.path), config.model
     tokens = {split: open_tokens(folder, split, shape.vocab_size, shape.block_size) for split in ("train", "val")}
     saved = open_run(config, flags)
-    if saved and saved["step"] == config.train.max_steps:
+    if saved and saved["validated_step"] == config.train.max_steps:
         print(f"{config.run_dir}: finished already, {saved['step']} steps")
         return
     start_process_group(place)
@@ -106,7 +106,7 @@ def train(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: di
         environment = metrics.environment(place.device, place.world_size)
         log = metrics.RunLog(config, environment, progress.step, progress.validated_step)
     signals = catch_signals()
-    saved_step = progress.step
+    saved_at = (progress.step, progress.validated_step)
     pending: list[dict[str, Any]] = []  # steps whose numbers are still on the device
 
     while True:
@@ -119,9 +119,9 @@ def train(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: di
         validating = (last or progress.step % config.train.eval_interval == 0) and not stopping
         if validating and progress.validated_step < progress.step:
             validate(run, progress, log)
-        if saving and progress.step > saved_step:
+        if saving and progress.step > 0 and (progress.step, progress.validated_step) != saved_at:
             save(run, progress)
-            saved_step = progress.step
+            saved_at = (progress.step, progress.validated_step)
         if stopping or last:
             break
         pending.append(make_step(run, progress.step))
@@ -195,7 +195,9 @@ def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.scaler.load_state_dict(saved["scaler"])
-    return Progress(**{key: saved[key] for key in asdict(Progress())})
+    progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+    saved.clear()  # or its copy of weights and states would stay in memory as long as main() runs
+    return progress
 
 
 def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log: metrics.RunLog | None) -> None:

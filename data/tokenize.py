@@ -141,7 +141,7 @@ def write_dataset(
         return read_meta(out)
     with (
         ProcessPoolExecutor(workers) as pool,
-        tqdm(total=n_documents, initial=progress["documents"], unit="doc", desc="tokenize", mininterval=0.5) as bar,
+        progress_bar(n_documents, progress["documents"]) as bar,
         open(_partial(out, "train"), "r+b") as train,
         open(_partial(out, "val"), "r+b") as val,
     ):
@@ -167,6 +167,12 @@ def write_dataset(
             f"{out}: expected {n_documents} documents, found {progress['documents']}; did the input change?"
         )
     return _finish(out, made, progress)
+
+
+def progress_bar(total: int, done: int) -> tqdm:
+    """A moving bar on a terminal, a line every half minute in a log."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=done, unit="doc", desc="tokenize", mininterval=interval, maxinterval=interval)
 
 
 def _start_or_continue(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
