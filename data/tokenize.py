@@ -12,10 +12,12 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -139,8 +141,23 @@ def write_dataset(
     progress = _start_or_continue(out, recipe)
     if progress is None:
         return read_meta(out)
+    if progress["documents"] < n_documents:
+        _tokenize(out, shards, n_documents, tokenizer, held_out, progress, workers)
+    return _finish(out, made, progress)
+
+
+def _tokenize(
+    out: Path,
+    shards: list[Callable[[], Iterator[str]]],
+    n_documents: int,
+    tokenizer: str,
+    held_out: set[int],
+    progress: dict[str, Any],
+    workers: int,
+) -> None:
+    """Append to the two .partial files what `progress` lacks, and bring it up to date shard by shard."""
     with (
-        ProcessPoolExecutor(workers) as pool,
+        ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool,
         progress_bar(n_documents, progress["documents"]) as bar,
         open(_partial(out, "train"), "r+b") as train,
         open(_partial(out, "val"), "r+b") as val,
@@ -161,12 +178,23 @@ def write_dataset(
                 committed = sum(progress["tokens"].values())
             if progress["documents"] == n_documents:
                 break
+        if progress["documents"] < n_documents:
+            raise UserError(
+                f"{out}: expected {n_documents} documents, found {progress['documents']}; did the input change?"
+            )
         _commit(out, files, progress)
-    if progress["documents"] != n_documents:
-        raise UserError(
-            f"{out}: expected {n_documents} documents, found {progress['documents']}; did the input change?"
-        )
-    return _finish(out, made, progress)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when its parent was killed; left alone it would wait for work, and keep its memory, for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def progress_bar(total: int, done: int) -> tqdm:

@@ -124,6 +124,27 @@ def test_a_broken_off_preparation_ends_with_the_same_bytes(
     assert (out / "train.bin").read_bytes() == (tmp_path / "whole/train.bin").read_bytes()
 
 
+def test_stopped_between_naming_the_files_and_meta_json_it_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source: dict = {}
+    arguments = (tmp_path, shards_of(TEXTS), 40, "bytes", source)
+    original = tokenize._write_json
+
+    def stop_at_meta(path: Path, content: dict) -> None:
+        if path.name == "meta.json":
+            raise KeyboardInterrupt
+        original(path, content)
+
+    monkeypatch.setattr(tokenize, "_write_json", stop_at_meta)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(*arguments)
+    monkeypatch.setattr(tokenize, "_write_json", original)
+    meta = write_dataset(*arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "val.bin", "meta.json"}
+    assert meta["splits"]["train"]["sha256"] == hashlib.sha256((tmp_path / "train.bin").read_bytes()).hexdigest()
+
+
 def test_fewer_documents_than_announced_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected 50 documents, found 40"):
         write_dataset(tmp_path, shards_of(TEXTS), 50, "bytes", {})
