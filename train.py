@@ -193,7 +193,9 @@ def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
     if saved is None:
         return Progress()
     run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
+    # The state alone: hyperparameters, and which implementation computes the step, are the config's to say.
+    options = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": options})
     run.scaler.load_state_dict(saved["scaler"])
     progress = Progress(**{key: saved[key] for key in asdict(Progress())})
     saved.clear()  # or its copy of weights and states would stay in memory as long as main() runs
@@ -213,10 +215,11 @@ def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log
     tokens = run.config.train.batch_size * run.config.model.block_size
     records = []
     for step, loss, grad_norm in zip(pending, losses.tolist(), grad_norms.tolist(), strict=True):
-        if not math.isfinite(loss):
+        # With fp16 the scaler expects gradients to overflow now and then, and leaves such a step out.
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
             raise UserError(
-                f"{run.config.run_dir}: loss {loss} in step {step['step']}; its last checkpoint stays. "
-                f"Begin again with a lower optimizer.lr, a longer warm-up or (Sophia) a larger rho"
+                f"{run.config.run_dir}: loss {loss}, gradient norm {grad_norm} in step {step['step']}; its last checkpoint "
+                f"stays. Begin again with a lower optimizer.lr, a longer warm-up or (Sophia) a larger rho"
             )
         started, estimated, ended = step["timestamps"]
         record = {key: step[key] for key in ("step", "lr")} | {"loss": loss, "grad_norm": grad_norm}
@@ -266,7 +269,8 @@ def save(run: Run, progress: Progress) -> None:
         progress.best_loss, progress.best_step = progress.val_loss, progress.step
     if run.place.rank == 0:
         state = {"config": run.config.model_dump(), "model": run.model.state_dict()}
-        state |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()} | asdict(progress)
+        state |= {"optimizer": run.optimizer.state_dict()["state"], "scaler": run.scaler.state_dict()}
+        state |= asdict(progress)
         checkpoint.save(run.config.run_dir, state, run.config.train.keep_checkpoints)
 
 

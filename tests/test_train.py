@@ -125,10 +125,10 @@ def assert_same_state(one: dict, other: dict) -> None:
     """Weights, momentum and Hessian estimate (or second moment) of all parameters, to float64 rounding."""
     for name, weight in one["model"].items():
         torch.testing.assert_close(other["model"][name], weight, rtol=1e-9, atol=1e-12)
-    for index, state in one["optimizer"]["state"].items():
+    for index, state in one["optimizer"].items():
         assert any((value != 0).any() for value in state.values())
         for key, value in state.items():
-            torch.testing.assert_close(other["optimizer"]["state"][index][key], value, rtol=1e-8, atol=1e-14)
+            torch.testing.assert_close(other["optimizer"][index][key], value, rtol=1e-8, atol=1e-14)
 
 
 @pytest.mark.parametrize("run", OPTIMIZERS)
@@ -291,7 +291,9 @@ def test_a_loss_that_is_no_number_stops_the_run(
         return make_step(run, step)
 
     monkeypatch.setattr(train, "make_step", poison)
-    assert "loss nan in step 9; its last checkpoint stays" in refuse(run_train, capsys, experiment, "--run=adamw")
+    assert "loss nan, gradient norm nan in step 9; its last checkpoint stays" in refuse(
+        run_train, capsys, experiment, "--run=adamw"
+    )
     saved = checkpoint.load_newest(tmp_path / "out/tiny/adamw")
     assert saved is not None
     assert saved["step"] == 5
