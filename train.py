@@ -218,8 +218,8 @@ def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log
         # With fp16 the scaler expects gradients to overflow now and then, and leaves such a step out.
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
             raise UserError(
-                f"{run.config.run_dir}: loss {loss}, gradient norm {grad_norm} in step {step['step']}; its last checkpoint "
-                f"stays. Begin again with a lower optimizer.lr, a longer warm-up or (Sophia) a larger rho"
+                f"{run.config.run_dir}: loss {loss}, gradient norm {grad_norm} in step {step['step']}; its last "
+                f"checkpoint stays. Begin again with a lower optimizer.lr, a longer warm-up or (Sophia) a larger rho"
             )
         started, estimated, ended = step["timestamps"]
         record = {key: step[key] for key in ("step", "lr")} | {"loss": loss, "grad_norm": grad_norm}

@@ -291,9 +291,8 @@ def test_a_loss_that_is_no_number_stops_the_run(
         return make_step(run, step)
 
     monkeypatch.setattr(train, "make_step", poison)
-    assert "loss nan, gradient norm nan in step 9; its last checkpoint stays" in refuse(
-        run_train, capsys, experiment, "--run=adamw"
-    )
+    said = refuse(run_train, capsys, experiment, "--run=adamw")
+    assert "loss nan, gradient norm nan in step 9; its last checkpoint stays" in said
     saved = checkpoint.load_newest(tmp_path / "out/tiny/adamw")
     assert saved is not None
     assert saved["step"] == 5
