@@ -7,6 +7,7 @@ randomness of a step derives from (seed, step).
 from __future__ import annotations
 
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def save(run_dir: Path, state: dict[str, Any], keep: int) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Read one checkpoint onto the CPU. Nothing in it is executed. Raises UserError for a file that is not whole."""
     try:
+        if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # torch writes CRC-32s and does not read them
+            raise ValueError(f"checksum of {damaged} differs")
         # Mapped, not read: the ranks of a node share one copy of it in the page cache.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict) or not {"step", "model", "config"} <= state.keys():

@@ -61,6 +61,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="auto: CUDA, else MPS, else CPU")
     eval_interval: int = Field(1000, gt=0, description="steps between validations")
     eval_windows: int = Field(0, ge=0, description="validation windows (block_size tokens each); 0: the whole split")
+    max_bad_steps: int = Field(10, gt=0, description="stop after so many steps in a row whose loss is no number")
     log_interval: int = Field(10, gt=0, description="steps between log lines, where the device is waited for")
     checkpoint_interval: int = Field(1000, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept, besides the best")
@@ -145,6 +146,7 @@ FREE_KEYS = {
     "train.micro_batch_size",
     "train.compile",
     "train.device",
+    "train.max_bad_steps",
     "train.log_interval",
     "train.checkpoint_interval",
     "train.keep_checkpoints",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import sys
 from collections.abc import Callable
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
 
 
 class UserError(Exception):
@@ -19,10 +22,15 @@ def reason(error: Exception) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UserError becomes one line on stderr and exit status 2, every other error stays loud."""
+    """Run a script's `main`. A UserError, or a disk that refuses, becomes one line on stderr and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in DISK_ERRORS:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            error = UserError(f"{where}{error.strerror}; mend that (what was written before is whole), then go on")
         if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same mistake; one tells it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,14 +1,16 @@
 """What a run writes about itself: metrics.jsonl always, wandb if asked, a bar on a terminal or plain lines in a log.
 
 metrics.jsonl has two kinds of lines. After update number `step`: {"step", "loss", "lr", "grad_norm", "clipped",
-"step_ms", …}, with "hessian_ms" where an estimate was made, and throughput and Sophia's statistics on the last line of
-a log interval. After validation: {"step", "val_loss"}. Both have "tokens" (seen so far) and "seconds" (spent in steps
-and estimates, compilation included; validation and checkpoints are not).
+"step_ms", …}, with "hessian_ms" where an estimate was made, "skipped" where loss or gradient was no number (null) and
+the step not applied, and throughput and Sophia's statistics on the last line of a log interval. After validation:
+{"step", "val_loss"}. Both have "tokens" (seen so far) and "seconds" (spent in steps and estimates, compilation
+included; validation and checkpoints are not).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import secrets
@@ -106,6 +108,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def to_line(record: dict[str, Any]) -> str:
+    """One line of metrics.jsonl. JSON has no NaN and no infinity: they become null."""
+    return (
+        json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
+    )
+
+
 class RunLog:
     """The one place that a run's numbers go through, on rank 0."""
 
@@ -121,7 +130,7 @@ class RunLog:
         kept = read_metrics(path) if path.exists() else []
         kept = [r for r in kept if r["step"] <= (validated_step if "val_loss" in r else step)]
         with whole_file(path) as file:
-            file.write("".join(json.dumps(r) + "\n" for r in kept).encode())
+            file.write("".join(map(to_line, kept)).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.max_steps = config.train.max_steps
         self.wandb = start_wandb(config, resolved | {"environment": environment})
@@ -130,7 +139,7 @@ class RunLog:
 
     def steps(self, records: list[dict[str, Any]]) -> None:
         """Write one log interval, a record a step; the last one goes to wandb and to the console too."""
-        self.file.writelines(json.dumps(r) + "\n" for r in records)
+        self.file.writelines(to_line(r) for r in records)
         self.file.flush()
         last = records[-1]
         if self.wandb:
@@ -146,7 +155,7 @@ class RunLog:
             )
 
     def validation(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(to_line(record))
         self.file.flush()
         if self.wandb:
             self.wandb.log(record)

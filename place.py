@@ -17,6 +17,10 @@ from errors import UserError
 COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")  # torch.compile calls one, on GPUs too
 
 
+# Preemption (torchrun, SLURM, clouds), Ctrl-C, and the signal that SLURM is asked for ahead of its time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where this process runs: its rank among all, and its device."""
@@ -58,15 +62,15 @@ def start_process_group(place: Place) -> None:
 
 
 def catch_signals() -> list[int]:
-    """A list that the first SIGTERM or SIGINT appears in: the loop then saves and leaves. A second one ends at once."""
+    """A list that the first of SIGNALS appears in: the loop then saves and leaves. A second one ends at once."""
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    for number in SIGNALS:
+        signal.signal(number, handle)
     return received
 
 

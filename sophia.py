@@ -40,6 +40,9 @@ class Sophia(Optimizer):
     Until the first :meth:`update_hessian` h is 0 and the update is the sign of the momentum (times lr). Neither m nor h
     is bias-corrected, as in the paper. Negative estimates stay in the average and meet ``max(rho * h, eps)`` at use.
 
+    Where the attribute ``found_inf`` is set to a 0-dim tensor of 1 (as torch.amp does for fused optimizers), a step
+    changes nothing at all, whatever is in the gradients; nothing waits for the device to know.
+
     Args:
         params: parameters, or dicts of parameter groups.
         lr: learning rate, the most that an entry moves in a step. A number, or a 0-dim CPU tensor.
@@ -126,6 +129,7 @@ class Sophia(Optimizer):
                 rho=group["rho"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
+                found_inf=getattr(self, "found_inf", None),
             )
         return loss
 
@@ -204,8 +208,11 @@ def _single_tensor(
     rho: float,
     eps: float,
     weight_decay: float,
+    found_inf: Tensor | None,
 ) -> None:
     """The algorithm as one reads it; the other paths are tested against this one."""
+    if found_inf is not None:
+        lr, grads = _skip(found_inf, lr, grads, exp_avgs)
     for theta, g, m, h in zip(params, grads, exp_avgs, hessians, strict=True):
         theta.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
@@ -224,8 +231,11 @@ def _multi_tensor(
     rho: float,
     eps: float,
     weight_decay: float,
+    found_inf: Tensor | None,
 ) -> None:
     """The same for all tensors at once, one kernel launch an operation."""
+    if found_inf is not None:
+        lr, grads = _skip(found_inf, lr, grads, exp_avgs)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     bounds = torch._foreach_mul(hessians, rho)
@@ -237,14 +247,22 @@ def _multi_tensor(
     torch._foreach_sub_(params, updates)
 
 
+def _skip(
+    found_inf: Tensor, lr: float | Tensor, grads: list[Tensor], exp_avgs: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """lr and gradients with which a step changes nothing if found_inf is 1: lr 0, and m averaged with itself."""
+    lr = lr * (1 - found_inf.to(grads[0].dtype))
+    return lr, [torch.where(found_inf.bool(), m, g) for g, m in zip(grads, exp_avgs, strict=True)]
+
+
 @functools.cache
 def _compiled_multi_tensor() -> Callable[..., None]:
     return torch.compile(_multi_tensor, fullgraph=True, dynamic=False)
 
 
-def _fused(*tensors: list[Tensor], lr: float | Tensor, **constants: float) -> None:
+def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
     """The same compiled. lr goes in as a tensor, because a new number would be a new constant and a recompilation."""
-    _compiled_multi_tensor()(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **constants)
+    _compiled_multi_tensor()(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
 
 
 def sampled_label_loss(logits: Tensor, uniforms: Tensor) -> Tensor:

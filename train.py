@@ -73,6 +73,7 @@ class Progress:
     val_loss: float = math.inf
     best_loss: float = math.inf  # of the validated checkpoints
     best_step: int = -1
+    bad_steps: int = 0  # the last ones in a row whose loss or gradient was no number
 
 
 def main() -> None:
@@ -172,10 +173,10 @@ def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Ru
             forward, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     scaler = torch.amp.GradScaler(place.device.type, enabled=config.train.dtype == "float16")
-    return Run(config, place, tokens, model, forward, parallel, make_optimizer(config, model, place.device), scaler)
+    return Run(config, place, tokens, model, forward, parallel, make_optimizer(config, model), scaler)
 
 
-def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:
+def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     o = config.optimizer
     groups = weight_decay_groups(model, o.weight_decay)
     betas = (o.beta1, o.beta2)
@@ -183,7 +184,7 @@ def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> Op
         return Lion(groups, lr=o.lr, betas=betas, fused=config.train.compile)
     assert o.eps is not None  # the schema demands it
     if o.name == "adamw":
-        return AdamW(groups, lr=o.lr, betas=betas, eps=o.eps, fused=device.type in ("cuda", "cpu"))
+        return AdamW(groups, lr=o.lr, betas=betas, eps=o.eps, fused=True)
     assert o.rho is not None
     sophia = SophiaG if o.name == "sophia-g" else SophiaH
     return sophia(groups, lr=o.lr, betas=betas, rho=o.rho, eps=o.eps, fused=config.train.compile)
@@ -205,28 +206,22 @@ def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
 def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log: metrics.RunLog | None) -> None:
     """Fetch the numbers of the steps since the last time (the only wait for the device) and log them.
 
-    Raises UserError where the loss is no number; the checkpoints made before stay.
+    Raises UserError after max_bad_steps in a row whose loss or gradient was no number.
     """
-    losses = torch.stack([step["loss"] for step in pending])
-    if run.place.world_size > 1:
-        dist.all_reduce(losses)
-        losses /= run.place.world_size
-    grad_norms = torch.stack([step["grad_norm"] for step in pending])
+    losses, grad_norms = (torch.stack([step[key] for step in pending]).tolist() for key in ("loss", "grad_norm"))
     tokens = run.config.train.batch_size * run.config.model.block_size
     records = []
-    for step, loss, grad_norm in zip(pending, losses.tolist(), grad_norms.tolist(), strict=True):
-        # With fp16 the scaler expects gradients to overflow now and then, and leaves such a step out.
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-            raise UserError(
-                f"{run.config.run_dir}: loss {loss}, gradient norm {grad_norm} in step {step['step']}; its last "
-                f"checkpoint stays. Begin again with a lower optimizer.lr, a longer warm-up or (Sophia) a larger rho"
-            )
+    for step, loss, grad_norm in zip(pending, losses, grad_norms, strict=True):
+        bad = not math.isfinite(loss + grad_norm)
+        progress.bad_steps = progress.bad_steps + 1 if bad else 0
         started, estimated, ended = step["timestamps"]
-        record = {key: step[key] for key in ("step", "lr")} | {"loss": loss, "grad_norm": grad_norm}
+        record = {"step": step["step"], "loss": loss, "lr": step["lr"], "grad_norm": grad_norm}
         record["clipped"] = 0 < run.config.train.grad_clip < grad_norm
         record["step_ms"] = metrics.milliseconds_between(estimated, ended)
         if estimated is not started:
             record["hessian_ms"] = metrics.milliseconds_between(started, estimated)
+        if bad:
+            record["skipped"] = True
         progress.seconds += (record["step_ms"] + record.get("hessian_ms", 0.0)) / 1000
         records.append(record | {"tokens": step["step"] * tokens, "seconds": progress.seconds})
     if log:
@@ -235,6 +230,12 @@ def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log
         if isinstance(run.optimizer, Sophia):
             records[-1] |= {name: value.item() for name, value in run.optimizer.statistics().items()}
         log.steps(records)
+    if progress.bad_steps >= run.config.train.max_bad_steps:
+        raise UserError(
+            f"{run.config.run_dir}: no finite loss or gradient in {progress.bad_steps} steps up to {progress.step}. "
+            f"None was applied, the last checkpoint is good. Begin again with a lower optimizer.lr, a longer warm-up, "
+            f"float32, or (Sophia) a larger rho"
+        )
 
 
 @torch.no_grad()
@@ -288,8 +289,14 @@ def make_step(run: Run, step: int) -> dict[str, Any]:
 
     size, micro_size = config.train.batch_size, config.train.micro_batch_size
     loss = accumulate_gradient(run, mean_loss, read_batch(run, step, size, micro_size), size // micro_size)
+    if place.world_size > 1:
+        dist.all_reduce(loss)
+        loss /= place.world_size
     run.scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.train.grad_clip or math.inf)
+    if not run.scaler.is_enabled():
+        # A step whose loss or gradient is no number changes nothing; the device knows, and nobody waits to be told.
+        optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # type: ignore[attr-defined]
     run.scaler.step(optimizer)
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -356,24 +363,25 @@ def update_hessian(run: Run, optimizer: Sophia, step: int) -> None:
     micro_size = hessian_micro_batch_size(config, place.world_size)
     batches = read_batch(run, step, size, micro_size)
     if isinstance(optimizer, SophiaH):
-        optimizer.update_hessian(hutchinson(run, batches, size // micro_size, step))
+        update_if_finite(optimizer, hutchinson(run, batches, size // micro_size, step))
         return
     uniforms = torch.from_numpy(label_uniforms(config.train.seed, step, size, config.model.block_size))
     rows = rank_slices(size, micro_size, place.rank, place.world_size)
     sampled = ((x, to_device(uniforms[r], place.device)) for (x, _), r in zip(batches, rows, strict=True))
     accumulate_gradient(run, sampled_label_loss, sampled, size // micro_size)
-    if unscale_gradient(run):
-        optimizer.update_hessian(gnb_estimate(run.model.parameters(), n_labels=size * config.model.block_size))
+    if run.scaler.is_enabled():
+        torch._foreach_div_([p.grad for p in run.model.parameters() if p.grad is not None], run.scaler.get_scale())
+    update_if_finite(optimizer, gnb_estimate(run.model.parameters(), n_labels=size * config.model.block_size))
     optimizer.zero_grad(set_to_none=True)
 
 
-def unscale_gradient(run: Run) -> bool:
-    """Divide by fp16's loss scale, if there is one; False where the gradient overflowed (that estimate is left out)."""
-    if not run.scaler.is_enabled():
-        return True
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    torch._foreach_div_(gradients, run.scaler.get_scale())
-    return all(bool(g.isfinite().all()) for g in gradients)
+def update_if_finite(optimizer: Sophia, estimates: dict[Tensor, Tensor]) -> None:
+    """Leave an estimate out that is no number, or overflowed in fp16: in the average it would stay for ever.
+
+    Waits for the device, once every hessian_interval steps. All ranks have the same estimate, so all decide the same.
+    """
+    if torch.isfinite(nn.utils.get_total_norm(estimates.values())):
+        optimizer.update_hessian(estimates)
 
 
 def hutchinson(run: Run, batches: Iterator[tuple[Tensor, Tensor]], count: int, step: int) -> dict[Tensor, Tensor]:

@@ -116,9 +116,10 @@ def draw(runs: list[dict[str, Any]], png: Path) -> None:
         points = [r for r in run["validations"] if r["step"] > 0] or run["validations"]
         label = f"{run['config']['run'] if one_experiment else run['name']}  {points[-1]['val_loss']:.3f}"
         for panel, axis in zip(panels, ("step", "tokens", "seconds"), strict=True):
-            xs, ys = [r[axis] for r in points], [r["val_loss"] for r in points]
-            panel.plot(xs, ys, style, color=COLORS[optimizer], lw=1.6, marker="o", ms=3, label=label)
-    for panel, axis in zip(panels, ("steps", "tokens", "seconds of training"), strict=True):
+            unit = 1e6 if axis == "tokens" else 1
+            xs, ys = [r[axis] / unit for r in points], [r["val_loss"] for r in points]
+            panel.plot(xs, ys, style, color=COLORS[optimizer], lw=1.6, marker="o", ms=3, alpha=0.85, label=label)
+    for panel, axis in zip(panels, ("steps", "million tokens", "seconds of training"), strict=True):
         panel.set_xlabel(axis)
         panel.grid(color="#dddddd", lw=0.6)
         panel.spines[["top", "right"]].set_visible(False)

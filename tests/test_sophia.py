@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sophia
+from lion import Lion
 from model import GPT, mean_loss
 from sophia import (
     SophiaG,
@@ -339,3 +340,21 @@ def test_functional_call_sees_the_tied_head(tiny_gpt: GPT) -> None:
     assert not torch.allclose(functional_call(tiny_gpt, params, (tokens,)), tiny_gpt(tokens))
     tiny_gpt.load_state_dict(params)
     torch.testing.assert_close(functional_call(tiny_gpt, params, (tokens,)), tiny_gpt(tokens))
+
+
+@pytest.mark.parametrize("path", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("make", [SophiaG, Lion])
+def test_a_step_with_found_inf_changes_nothing(make: type, path: dict) -> None:
+    parameters = make_parameters()
+    optimizer = make(parameters, lr=0.1, weight_decay=0.1, **path)
+    for found_inf, gradient in ((0.0, 1.0), (1.0, float("nan")), (0.0, 1.0)):
+        before = copy.deepcopy((parameters, optimizer.state_dict()["state"]))
+        for p in parameters:
+            p.grad = torch.full_like(p, gradient)
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+        same = all(torch.equal(a, b) for a, b in zip(before[0], parameters, strict=True))
+        assert same == bool(found_inf)
+        if found_inf:
+            after = optimizer.state_dict()["state"]
+            assert all(torch.equal(v, after[i][k]) for i, state in before[1].items() for k, v in state.items())

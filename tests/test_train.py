@@ -279,24 +279,82 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_older(
     assert "checkpoints can be read; start anew" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
-    experiment: Path, run_train: Runner, tmp_path: Path, capsys, monkeypatch
-) -> None:
-    make_step = train.make_step
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], criterion: Callable, value: float) -> None:
+    """Make the loss of these steps `value` times what it is: NaN, or infinite with a finite gradient."""
+    accumulate, make_step = train.accumulate_gradient, train.make_step
+    current = [0]
 
-    def poison(run: train.Run, step: int) -> dict:
-        if step == 8:
-            with torch.no_grad():
-                run.model.ln_f.weight[0] = math.nan
+    def remember(run: train.Run, step: int) -> dict:
+        current[0] = step + 1
         return make_step(run, step)
 
-    monkeypatch.setattr(train, "make_step", poison)
-    said = refuse(run_train, capsys, experiment, "--run=adamw")
-    assert "loss nan, gradient norm nan in step 9; its last checkpoint stays" in said
+    def poisoned(run: train.Run, asked: Callable, batches: Iterator, count: int) -> torch.Tensor:
+        loss = accumulate(run, asked, batches, count)
+        if asked is criterion and current[0] in steps:
+            if math.isnan(value):
+                next(run.model.parameters()).grad.mul_(value)  # type: ignore[union-attr]
+            return loss * value
+        return loss
+
+    monkeypatch.setattr(train, "make_step", remember)
+    monkeypatch.setattr(train, "accumulate_gradient", poisoned)
+
+
+@pytest.mark.parametrize("run", OPTIMIZERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_without_a_finite_loss_changes_nothing(
+    run: str, value: float, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (experiment, f"--run={run}", "--train.checkpoint_interval=1", "--train.keep_checkpoints=12")
+    poison(monkeypatch, {5, 6}, train.mean_loss, value)
+    run_train(*arguments)
+    folder = tmp_path / "out/tiny" / run
+    four, five, six, seven = (checkpoint.load(checkpoint.path_of(folder, step)) for step in (4, 5, 6, 7))
+    for bad in (five, six):
+        assert all(torch.equal(weight, bad["model"][name]) for name, weight in four["model"].items())
+        for index, state in four["optimizer"].items():
+            assert torch.equal(state["exp_avg"], bad["optimizer"][index]["exp_avg"])
+    assert (five["bad_steps"], six["bad_steps"], seven["bad_steps"]) == (1, 2, 0)
+    assert any(not torch.equal(weight, seven["model"][name]) for name, weight in four["model"].items())
+    assert [step for step, _ in read_lines(folder, "skipped")] == [5, 6]
+    losses = dict(read_lines(folder, "loss"))
+    assert losses[5] is None
+    assert math.isfinite(losses[12])
+
+
+def test_bad_steps_in_a_row_stop_the_run(
+    experiment: Path, run_train: Runner, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, set(range(7, 13)), train.mean_loss, math.nan)
+    said = refuse(run_train, capsys, experiment, "--run=adamw", "--train.max_bad_steps=3")
+    assert "no finite loss or gradient in 3 steps up to 9. None was applied, the last checkpoint is good" in said
     saved = checkpoint.load_newest(tmp_path / "out/tiny/adamw")
     assert saved is not None
     assert saved["step"] == 5
     assert all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+@pytest.mark.parametrize("run", ["sophia-g", "sophia-h"])
+def test_an_estimate_that_is_no_number_is_left_out(
+    run: str, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if run == "sophia-g":
+        poison(monkeypatch, {4}, train.sampled_label_loss, math.nan)
+    else:
+        estimate = train.hutchinson
+
+        def poisoned(this: train.Run, batches: Iterator, count: int, step: int) -> dict:
+            estimates = estimate(this, batches, count, step)
+            next(iter(estimates.values())).mul_(math.nan if step == 3 else 1)
+            return estimates
+
+        monkeypatch.setattr(train, "hutchinson", poisoned)
+    run_train(experiment, f"--run={run}", "--train.checkpoint_interval=1", "--train.keep_checkpoints=12")
+    three, four, seven = (checkpoint.load(checkpoint.path_of(tmp_path / "out/tiny" / run, s)) for s in (3, 4, 7))
+    for index, state in three["optimizer"].items():
+        assert torch.equal(state["hessian"], four["optimizer"][index]["hessian"])
+        assert seven["optimizer"][index]["hessian"].isfinite().all()
+    assert any(not torch.equal(s["hessian"], seven["optimizer"][i]["hessian"]) for i, s in four["optimizer"].items())
 
 
 def test_bad_data_and_indivisible_batches_are_refused(
