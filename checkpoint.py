@@ -16,6 +16,8 @@ import torch
 from errors import UserError, reason
 from files import whole_file
 
+KEYS = {"step", "config", "model", "optimizer", "fingerprints"}
+
 
 def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / f"step_{step:08d}.pt"
@@ -51,7 +53,7 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError(f"checksum of {damaged} differs")
         # Mapped, not read: the ranks of a node share one copy of it in the page cache.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(state, dict) or not {"step", "model", "config"} <= state.keys():
+        if not isinstance(state, dict) or not state.keys() >= KEYS:
             raise ValueError("not a checkpoint of this trainer")
         return state
     except FileNotFoundError:

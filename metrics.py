@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -121,7 +122,6 @@ class RunLog:
     def __init__(self, config: Config, environment: dict[str, Any], step: int, validated_step: int) -> None:
         """Open the run's folder; lines beyond the checkpoint's `step` or `validated_step` are dropped."""
         run_dir = config.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
         resolved = config.model_dump()
         for name, content in {"config.json": resolved, "environment.json": environment}.items():
             with whole_file(run_dir / name) as file:
@@ -133,7 +133,7 @@ class RunLog:
             file.write("".join(map(to_line, kept)).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.max_steps = config.train.max_steps
-        self.wandb = start_wandb(config, resolved | {"environment": environment})
+        self.wandb = start_wandb(config, resolved | {"environment": environment}, kept)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=self.max_steps, initial=step, unit="step", desc=config.run, disable=not terminal)
 
@@ -143,7 +143,7 @@ class RunLog:
         self.file.flush()
         last = records[-1]
         if self.wandb:
-            self.wandb.log(last)
+            self.wandb.log(last, step=last["step"])
         self.bar.update(last["step"] - self.bar.n)
         self.bar.set_postfix_str(f"loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s")
         if self.bar.disable:
@@ -158,23 +158,31 @@ class RunLog:
         self.file.write(to_line(record))
         self.file.flush()
         if self.wandb:
-            self.wandb.log(record)
+            self.wandb.log(record, step=record["step"])
         self.message(f"step {record['step']}/{self.max_steps}  validation loss {record['val_loss']:.4f}")
 
     def message(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def close(self) -> None:
+    def sync(self) -> None:
         os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.sync()
         self.file.close()
         self.bar.close()
         if self.wandb:
             self.wandb.finish()
 
 
-def start_wandb(config: Config, resolved: dict[str, Any]) -> Any:
-    """A wandb run named like ours, in the experiment's group, resumed under the id that the run's folder remembers."""
+def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str, Any]]) -> Any:
+    """A wandb run named like ours, in the experiment's group, that has the `records` of metrics.jsonl already.
+
+    It has one id for its whole life, kept in the run's folder. Online, wandb says how far it has come and ignores what
+    it has; what a killed process did not get through is sent again. Offline, its file is written anew from `records`.
+    So no point is lost or doubled. Where wandb cannot be reached, training goes on offline.
+    """
     if config.wandb.mode == "disabled":
         return None
     import wandb
@@ -182,22 +190,39 @@ def start_wandb(config: Config, resolved: dict[str, Any]) -> Any:
     id_file = config.run_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    run = wandb.init(
-        project=config.wandb.project,
-        group=config.experiment,
-        name=config.run,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        mode=config.wandb.mode,
-        dir=str(config.run_dir),
-        config=resolved,
-    )
+    options: dict[str, Any] = {
+        "project": config.wandb.project,
+        "group": config.experiment,
+        "name": config.run,
+        "config": resolved,
+    }
+    options |= {"id": id_file.read_text().strip(), "dir": str(config.run_dir)}
+    run = None
+    if config.wandb.mode == "online":
+        try:
+            run = wandb.init(**options, mode="online", resume="allow", settings=wandb.Settings(init_timeout=60))
+        except wandb.errors.Error as error:
+            said = " ".join(str(error).split())[:200]
+            print(f"warning: wandb: {said}; going on offline, upload later with scripts/wandb_sync.py", file=sys.stderr)
+            wandb.teardown()  # it holds on to the id of the run that failed
+    if run is None:
+        for old in (config.run_dir / "wandb").glob("*run-*"):
+            shutil.rmtree(old)
+        run = wandb.init(**options, mode="offline")
     # Our own step, because wandb's counts log calls; tokens and seconds are logged beside it, as axes to choose.
-    run.define_metric("step")
-    run.define_metric("tokens")
-    run.define_metric("seconds")
+    for axis in ("step", "tokens", "seconds"):
+        run.define_metric(axis)
     run.define_metric("*", step_metric="step")
+    known = run.step
+    for record in records:
+        if record["step"] >= known and is_mirrored(record):
+            run.log(record, step=record["step"])
     return run
+
+
+def is_mirrored(record: dict[str, Any]) -> bool:
+    """wandb gets validations and the last line of each log interval, the one with the throughput."""
+    return "val_loss" in record or "tokens_per_second" in record
 
 
 def _all_ms(record: dict[str, Any]) -> float:

@@ -33,6 +33,7 @@ import checkpoint
 import metrics
 from config import FREE_KEYS, KEYS, Config, parse_command_line
 from data.batches import (
+    fingerprint,
     label_uniforms,
     open_tokens,
     probe_seed,
@@ -41,7 +42,8 @@ from data.batches import (
     validation_windows,
     window_offsets,
 )
-from errors import UserError, run_main
+from errors import UserError, reason, run_main
+from files import locked
 from lion import Lion
 from model import GPT, flops_per_token, mean_loss, summed_loss, weight_decay_groups
 from place import Place, agree, catch_signals, find_place, start_process_group
@@ -86,26 +88,29 @@ def main() -> None:
         return
     folder, shape = Path(config.data.path), config.model
     tokens = {split: open_tokens(folder, split, shape.vocab_size, shape.block_size) for split in ("train", "val")}
-    saved = open_run(config, flags)
+    saved = open_run(config, flags, tokens)
     if saved and saved["validated_step"] == config.train.max_steps:
         print(f"{config.run_dir}: finished already, {saved['step']} steps")
         return
     start_process_group(place)
     try:
-        train(config, place, tokens, saved)
+        run = build_run(config, place, tokens)
+        progress = restore(run, saved)
+        if place.rank == 0:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            with locked(config.run_dir):
+                environment = metrics.environment(place.device, place.world_size)
+                train(run, progress, metrics.RunLog(config, environment, progress.step, progress.validated_step))
+        else:
+            train(run, progress, None)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def train(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: dict[str, Any] | None) -> None:
-    """Build the run, then loop: log, validate, save, step."""
-    run = build_run(config, place, tokens)
-    progress = restore(run, saved)
-    log = None
-    if place.rank == 0:
-        environment = metrics.environment(place.device, place.world_size)
-        log = metrics.RunLog(config, environment, progress.step, progress.validated_step)
+def train(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
+    """The training loop: log, validate, save, step. Rank 0 has the log."""
+    config = run.config
     signals = catch_signals()
     saved_at = (progress.step, progress.validated_step)
     pending: list[dict[str, Any]] = []  # steps whose numbers are still on the device
@@ -121,7 +126,7 @@ def train(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: di
         if validating and progress.validated_step < progress.step:
             validate(run, progress, log)
         if saving and progress.step > 0 and (progress.step, progress.validated_step) != saved_at:
-            save(run, progress)
+            save(run, progress, log)
             saved_at = (progress.step, progress.validated_step)
         if stopping or last:
             break
@@ -134,7 +139,7 @@ def train(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: di
         log.close()
 
 
-def open_run(config: Config, flags: argparse.Namespace) -> dict[str, Any] | None:
+def open_run(config: Config, flags: argparse.Namespace, tokens: dict[str, np.ndarray]) -> dict[str, Any] | None:
     """The checkpoint to continue from, if any. An existing run is refused without --resume, and never changed here."""
     folder = config.run_dir
     if not folder.exists() or not any(folder.iterdir()):
@@ -144,6 +149,9 @@ def open_run(config: Config, flags: argparse.Namespace) -> dict[str, Any] | None
     saved = checkpoint.load_newest(folder)
     if saved:
         refuse_other_run(config, saved["config"])
+        for split, name in saved["fingerprints"].items():
+            if fingerprint(tokens[split]) != name:
+                raise UserError(f"{folder}: was begun on another {split}.bin than the one in {config.data.path}")
     return saved
 
 
@@ -193,14 +201,22 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
 def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
     if saved is None:
         return Progress()
+    try:
+        load_states(run, saved)
+        progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        newest = checkpoint.checkpoints(run.config.run_dir)[-1]
+        raise UserError(f"{newest}: not a checkpoint of this run ({reason(error)}); remove it") from None
+    saved.clear()  # or its copy of weights and states would stay in memory as long as main() runs
+    return progress
+
+
+def load_states(run: Run, saved: dict[str, Any]) -> None:
     run.model.load_state_dict(saved["model"])
     # The state alone: hyperparameters, and which implementation computes the step, are the config's to say.
     options = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": options})
     run.scaler.load_state_dict(saved["scaler"])
-    progress = Progress(**{key: saved[key] for key in asdict(Progress())})
-    saved.clear()  # or its copy of weights and states would stay in memory as long as main() runs
-    return progress
 
 
 def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log: metrics.RunLog | None) -> None:
@@ -265,11 +281,14 @@ def validate(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
         log.validation(at | {"val_loss": progress.val_loss})
 
 
-def save(run: Run, progress: Progress) -> None:
+def save(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
+    """Write a checkpoint, after the log of all that it contains is safe on the disk."""
     if progress.validated_step == progress.step and progress.val_loss < progress.best_loss:
         progress.best_loss, progress.best_step = progress.val_loss, progress.step
-    if run.place.rank == 0:
+    if log:
+        log.sync()
         state = {"config": run.config.model_dump(), "model": run.model.state_dict()}
+        state["fingerprints"] = {split: fingerprint(tokens) for split, tokens in run.tokens.items()}
         state |= {"optimizer": run.optimizer.state_dict()["state"], "scaler": run.scaler.state_dict()}
         state |= asdict(progress)
         checkpoint.save(run.config.run_dir, state, run.config.train.keep_checkpoints)

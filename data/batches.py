@@ -9,6 +9,7 @@ Shapes: B sequences of T = block_size tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,16 @@ WINDOWS, LABELS, PROBES = range(3)
 SCAN_TOKENS = 1_000_000_000
 
 
+def fingerprint(tokens: np.ndarray) -> str:
+    """sha256 of the length and of 16 evenly spread blocks of 256 KiB: all of a small file, a sample of a large one."""
+    block = 131_072
+    starts = np.linspace(0, max(len(tokens) - block, 0), 16).astype(int)
+    digest = hashlib.sha256(str(len(tokens)).encode())
+    for start in starts:
+        digest.update(tokens[start : start + block].tobytes())
+    return digest.hexdigest()
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """The folder's meta.json, or {} where there is none (files made by nanoGPT). Raises UserError for a damaged one."""
     path = folder / "meta.json"
@@ -34,7 +45,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        int(meta["vocab_size"]), [int(split["tokens"]) for split in meta["splits"].values()]
+        int(meta["vocab_size"]), [int(split["tokens"]) for split in meta["splits"].values()]  # as it must look
         return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged; remove the folder and prepare the data again") from None
@@ -61,6 +72,9 @@ def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> n
     if size // 2 < block_size + 1:
         raise UserError(f"{path}: {size // 2} tokens, shorter than one window of block_size + 1 = {block_size + 1}")
     tokens = np.memmap(path, dtype="<u2", mode="r")
+    promised = meta.get("splits", {}).get(split, {}).get("fingerprint")
+    if promised not in (None, fingerprint(tokens)):
+        raise UserError(f"{path}: its content is not what the meta.json beside it says; prepare it again")
     if len(tokens) <= SCAN_TOKENS:
         refuse_beyond_vocabulary(int(tokens.max()), vocab_size, path)
     return tokens

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.batches import read_meta
+from data.batches import fingerprint, read_meta
 from errors import UserError
-from files import whole_file
+from files import locked, whole_file
 
 SPLITS = ("train", "val")
 DOCUMENTS_A_TASK = 256  # a worker's unit of work: some hundred kilobytes of text
@@ -138,12 +138,14 @@ def write_dataset(
     recipe = {"source": source, "documents": n_documents, "tokenizer": tokenizer}
     recipe |= {"val_fraction": val_fraction, "split_seed": seed}
     held_out = validation_documents(n_documents, val_fraction, seed)
-    progress = _start_or_continue(out, recipe)
-    if progress is None:
-        return read_meta(out)
-    if progress["documents"] < n_documents:
-        _tokenize(out, shards, n_documents, tokenizer, held_out, progress, workers)
-    return _finish(out, made, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        progress = _start_or_continue(out, recipe)
+        if progress is None:
+            return read_meta(out)
+        if progress["documents"] < n_documents:
+            _tokenize(out, shards, n_documents, tokenizer, held_out, progress, workers)
+        return _finish(out, made, progress)
 
 
 def _tokenize(
@@ -205,7 +207,6 @@ def progress_bar(total: int, done: int) -> tqdm:
 
 def _start_or_continue(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     """The progress to continue from, or None where the folder is complete already."""
-    out.mkdir(parents=True, exist_ok=True)
     progress_path = out / "progress.json"
     if (out / "meta.json").exists():
         if read_meta(out).get("recipe") != recipe:
@@ -301,6 +302,7 @@ def _finish(out: Path, tokenizer: Tokenizer, progress: dict[str, Any]) -> dict[s
         with open(out / f"{split}.bin", "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         splits[split] = {"tokens": progress["tokens"][split], "documents": documents[split], "sha256": sha256}
+        splits[split]["fingerprint"] = fingerprint(np.memmap(out / f"{split}.bin", dtype="<u2", mode="r"))
     recipe = progress["recipe"]
     meta = {"tokenizer": recipe["tokenizer"], "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
     meta |= {"dtype": "uint16", "splits": splits, "recipe": recipe}

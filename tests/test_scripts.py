@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -17,9 +20,9 @@ from tests.conftest import OPTIMIZERS, ROOT, read_lines
 from tests.wandb_file import read_history
 
 
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+def run_script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
 
 def refused(name: str, *arguments: object) -> str:
@@ -128,14 +131,64 @@ def byte_data(tmp_path: Path) -> Path:
     return folder
 
 
-def test_wandb_offline_has_what_metrics_jsonl_has(experiment: Path, run_train, tmp_path: Path) -> None:
-    run_train(experiment, "--run=sophia-g", "--wandb.mode=offline")
-    folder = tmp_path / "out/tiny/sophia-g"
+def assert_wandb_has_all_points_once(folder: Path) -> None:
+    """The one offline file holds each validation and each logged step of metrics.jsonl, once, with the same values."""
     (stored,) = folder.rglob("run-*.wandb")
     run, rows = read_history(stored)
-    assert (run.run_group, run.display_name) == ("tiny", "sophia-g")
-    for key in ("loss", "val_loss", "tokens", "seconds"):
+    assert (run.run_group, run.display_name, run.run_id) == ("tiny", "sophia-g", (folder / "wandb_id").read_text())
+    for key in ("loss", "val_loss"):
         assert [(row["step"], row[key]) for row in rows if key in row] == read_lines(folder, key)
+    assert all({"step", "tokens", "seconds"} <= row.keys() for row in rows)
+
+
+def test_wandb_offline_has_what_metrics_jsonl_has_after_a_resume_too(experiment: Path, tmp_path: Path) -> None:
+    arguments = (experiment, "--run=sophia-g", "--wandb.mode=offline")
+    key = {"WANDB_API_KEY": "0123456789" * 4}
+    assert run_script("../train.py", *arguments, **key).returncode == 0
+    folder = tmp_path / "out/tiny/sophia-g"
+    assert_wandb_has_all_points_once(folder)
+    (folder / "step_00000012.pt").unlink()  # as if killed after step 10: steps 11 and 12 come again
+    assert run_script("../train.py", *arguments, "--resume", **key).returncode == 0
+    assert_wandb_has_all_points_once(folder)
+    before = read_lines(folder, "loss")
+    done = run_script("wandb_sync.py", folder, "--offline", **key)
+    assert done.returncode == 0, done.stderr
+    assert_wandb_has_all_points_once(folder)
+    assert read_lines(folder, "loss") == before
+    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert not any(b"0123456789" * 4 in content for content in written)
+
+
+class NoWandb(http.server.BaseHTTPRequestHandler):
+    """A server that refuses every key."""
+
+    def do_POST(self) -> None:
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_training_goes_on_where_wandb_refuses_the_key(experiment: Path, tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoWandb) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {
+            "WANDB_API_KEY": "0123456789" * 4,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
+        }
+        folder = tmp_path / "out/tiny/sophia-g"
+        done = run_script("../train.py", experiment, "--run=sophia-g", "--wandb.mode=online", **environment)
+        again = run_script("wandb_sync.py", folder, **environment)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert "warning: wandb: " in done.stderr
+    assert "0123456789" * 4 not in done.stderr + done.stdout
+    assert_wandb_has_all_points_once(folder)
+    assert again.returncode == 2
+    assert "not uploaded, wandb cannot be reached" in again.stderr
+    assert_wandb_has_all_points_once(folder)
+    assert "no run's folder" in refused("wandb_sync.py", tmp_path)
 
 
 def test_wandb_is_not_imported_unless_it_is_used() -> None:

@@ -1,0 +1,288 @@
+"""Kill training at random, again and again, and check that nothing is lost: the promise of a resume, under real faults.
+
+    python scripts/torture.py                         # 50 kills of each optimizer on one process
+    python scripts/torture.py --ranks 2 --kills 10    # one of torchrun's two ranks is killed
+    python scripts/torture.py --prepare FILES         # prepare.py killed 20 times on your .parquet, .jsonl or .txt files
+
+Each life of a run is the same command with --resume, and ends in a SIGKILL: after a random time, or at a random one of
+the places below (inside a checkpoint's bytes, in a validation, in the middle of a metrics line, …). In the end every step
+must be in metrics.jsonl once, in order, with the loss of a run that was never killed, bit for bit; no checkpoint file may
+ever be torn. The exit status is 0 if so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+import checkpoint
+import files
+import metrics
+import train
+from errors import UserError, number, run_main
+
+OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")
+STEPS = 120
+EXPERIMENT = """
+[model]
+n_layer = 1
+n_head = 2
+n_embd = 16
+block_size = 16
+vocab_size = 61
+[data]
+path = "{folder}"
+[train]
+batch_size = 4
+micro_batch_size = 2
+max_steps = 120
+warmup_steps = 5
+dtype = "float32"
+compile = false
+device = "cpu"
+eval_interval = 4
+log_interval = 3
+checkpoint_interval = 5
+out_dir = "{folder}/out"
+[runs.adamw.optimizer]
+name = "adamw"
+lr = 1e-2
+beta1 = 0.9
+beta2 = 0.95
+eps = 1e-8
+weight_decay = 0.1
+[runs.lion.optimizer]
+name = "lion"
+lr = 1e-3
+beta1 = 0.95
+beta2 = 0.98
+weight_decay = 0.2
+[runs.sophia-g.optimizer]
+name = "sophia-g"
+lr = 1e-3
+beta1 = 0.96
+beta2 = 0.99
+eps = 1e-12
+rho = 0.05
+weight_decay = 0.2
+hessian_interval = 3
+hessian_batch_size = 4
+[runs.sophia-h.optimizer]
+name = "sophia-h"
+lr = 1e-3
+beta1 = 0.96
+beta2 = 0.99
+eps = 1e-12
+rho = 0.01
+weight_decay = 0.2
+hessian_interval = 3
+hessian_batch_size = 4
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--kills", type=number(int, 1), default=50, metavar="N", help="an optimizer (default %(default)s)"
+    )
+    parser.add_argument("--ranks", type=number(int, 1, 2), default=1, metavar="N", help="1, or 2 under torchrun")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, metavar="NAME")
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, metavar="N", help="of the kills (default %(default)s)"
+    )
+    parser.add_argument("--prepare", metavar="FILES", help="kill prepare.py on these files instead")
+    parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        place, nth, rank, *train_arguments = arguments.child
+        live(train_arguments, place if os.environ.get("RANK", "0") == rank else "nowhere", int(nth))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.prepare:
+            torture_prepare(arguments.prepare, Path(folder), random.Random(arguments.seed))
+            return
+        experiment = make_experiment(Path(folder))
+        for optimizer in arguments.optimizers:
+            print(
+                torture(experiment, optimizer, arguments.kills, arguments.ranks, random.Random(arguments.seed)),
+                flush=True,
+            )
+
+
+def make_experiment(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20_000), ("val", 300)):
+        rng.integers(61, size=count).astype("<u2").tofile(folder / f"{split}.bin")
+    path = folder / "torture.toml"
+    path.write_text(EXPERIMENT.format(folder=folder))
+    return path
+
+
+def torture(experiment: Path, optimizer: str, kills: int, ranks: int, rng: random.Random) -> str:
+    """Kill the run `kills` times, starting it anew after each, then let it end. Returns the summary; UserError if wrong."""
+    whole, killed = (experiment.parent / name / "torture" / optimizer for name in ("whole", "killed"))
+    command = [str(experiment), f"--run={optimizer}", "--resume"]
+    if ranks == 2:
+        command.append("--train.micro_batch_size=1")
+    start_life([*command, f"--train.out_dir={experiment.parent / 'whole'}"], "nowhere", 1, 0, ranks)()
+    deaths: Counter[str] = Counter()
+    lost = 0
+    while sum(deaths.values()) < kills:
+        place = rng.choice([*PLACES, "any time"])
+        nth = rng.randint(1, 12 if place == "in a step" else 4)
+        life = start_life(
+            [*command, f"--train.out_dir={experiment.parent / 'killed'}"], place, nth, rng.randrange(ranks), ranks
+        )
+        if life(rng.uniform(0.02, 0.25) if place == "any time" and ranks == 1 else None):
+            deaths[place] += 1
+        else:  # it came to its end before the kill: from the beginning again, or all later kills would hit nothing
+            lost += check_same(whole, killed)
+            subprocess.run(["rm", "-r", str(killed)], check=True)
+        check_whole(killed)
+    start_life([*command, f"--train.out_dir={experiment.parent / 'killed'}"], "nowhere", 1, 0, ranks)()
+    lost += check_same(whole, killed)
+    places = ", ".join(f"{count} {place}" for place, count in deaths.most_common())
+    return f"{optimizer}, {ranks} rank(s): {sum(deaths.values())} kills ({places}), checkpoints torn: 0, steps lost: {lost}"
+
+
+def start_life(arguments: list[str], place: str, nth: int, rank: int, ranks: int) -> Callable[..., bool]:
+    """Begin one life; the function returned waits for its end (killing it after some seconds, if given): was it killed?"""
+    if ranks == 2:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+        command += [__file__, "--child", place, str(nth), str(rank), *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return lambda _=None: process.wait() != 0
+    child = os.fork()  # this process has imported everything, and computed nothing: a life costs milliseconds
+    if child == 0:
+        torch.set_num_threads(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        live(arguments, place, nth)
+        os._exit(0)
+
+    def end(after_s: float | None = None) -> bool:
+        if after_s is not None:
+            time.sleep(after_s)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
+            raise UserError(f"a life ended with exit status {os.WEXITSTATUS(status)} instead of a kill; see above")
+        return os.WIFSIGNALED(status)
+
+    return end
+
+
+def live(arguments: list[str], place: str, nth: int) -> None:
+    """train.py with these arguments, killed at the `nth` time that it comes to `place`."""
+    sys.argv = ["train.py", *arguments]
+    if place in PLACES:
+        PLACES[place](nth)
+    run_main(train.main)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(module: Any, name: str, action: Callable[..., None] = lambda *_: die()) -> Callable[[int], None]:
+    """Arrange that `action` comes before the nth call of module.name, with the call's arguments."""
+
+    def arrange(nth: int) -> None:
+        original, calls = getattr(module, name), Counter[str]()
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls["made"] += 1
+            if calls["made"] == nth:
+                action(*args)
+            return original(*args, **kwargs)
+
+        setattr(module, name, counted)
+
+    return arrange
+
+
+def write_half_a_checkpoint(state: Any, file: Any) -> None:
+    whole = io.BytesIO()
+    torch.serialization.save(state, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    die()
+
+
+def write_half_a_line(log: metrics.RunLog, records: list[dict[str, Any]]) -> None:
+    text = "".join(map(metrics.to_line, records))
+    log.file.write(text[: len(text) * 2 // 3])
+    log.file.flush()
+    die()
+
+
+PLACES: dict[str, Callable[[int], None]] = {
+    "in a step": before(train, "accumulate_gradient"),
+    "in a validation": before(train, "summed_loss"),
+    "in a checkpoint's bytes": before(checkpoint.torch, "save", write_half_a_checkpoint),
+    "before a file gets its name": before(files.os, "replace"),
+    "between a checkpoint and the removal of older ones": before(checkpoint, "checkpoints"),
+    "in a metrics line": before(metrics.RunLog, "steps", write_half_a_line),
+}
+
+
+def check_whole(folder: Path) -> None:
+    """Every file that bears a checkpoint's name can be read."""
+    for path in checkpoint.checkpoints(folder):
+        checkpoint.load(path)
+
+
+def check_same(whole: Path, killed: Path) -> int:
+    """Raise UserError unless both runs' numbers are the same, each once and in order; return the steps that are lost: 0."""
+    one, other = (metrics.read_metrics(folder / "metrics.jsonl") for folder in (whole, killed))
+    for key in ("loss", "val_loss", "grad_norm", "lr"):
+        expected, found = ([(r["step"], r[key]) for r in lines if key in r] for lines in (one, other))
+        if expected != found:
+            raise UserError(f"{killed}: {key} differs from the run that was not killed: {set(expected) ^ set(found)}")
+    if [r["step"] for r in other if "loss" in r] != list(range(1, STEPS + 1)):
+        raise UserError(f"{killed}: metrics.jsonl does not have each step once, in order")
+    expected, found = (checkpoint.load(checkpoint.path_of(folder, STEPS))["model"] for folder in (whole, killed))
+    if not all(torch.equal(weight, found[name]) for name, weight in expected.items()):
+        raise UserError(f"{killed}: the last weights differ from those of the run that was not killed")
+    return 0
+
+
+def torture_prepare(pattern: str, folder: Path, rng: random.Random, kills: int = 20) -> None:
+    """Kill prepare.py `kills` times after random times, let it end, and compare with one clean pass."""
+    command = [sys.executable, str(ROOT / "data/openwebtext/prepare.py"), "--files", pattern, "--out"]
+    started = time.monotonic()
+    subprocess.run([*command, str(folder / "clean")], check=True, capture_output=True)
+    clean_s = time.monotonic() - started
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [*command, str(folder / "killed")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.1, 0.9) * clean_s)
+        process.kill()
+        process.wait()
+    subprocess.run([*command, str(folder / "killed")], check=True, capture_output=True)
+    clean, killed = (json.loads((folder / name / "meta.json").read_text()) for name in ("clean", "killed"))
+    if clean != killed:
+        raise UserError(f"{folder}: the killed preparation ended with other content than the clean one")
+    print(f"prepare.py: {kills} kills, same sha256 as one clean pass: {clean['splits']['train']['sha256']}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,52 @@
+"""Upload runs to Weights & Biases from their metrics.jsonl, for example after training without a network.
+
+    python scripts/wandb_sync.py out/gpt2_125m/adamw out/gpt2_125m/sophia-g
+
+The run on wandb's side is the one that training made, if it made any: same id, same group. What wandb has already is
+not sent again, so the command may be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pydantic import ValidationError
+
+from config import Config
+from errors import UserError, reason, run_main
+from metrics import read_metrics, start_wandb
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folders with a metrics.jsonl")
+    parser.add_argument("--offline", action="store_true", help="only write wandb's own file, for `wandb sync`")
+    arguments = parser.parse_args()
+    for folder in arguments.runs:
+        upload(folder, "offline" if arguments.offline else "online")
+
+
+def upload(folder: Path, mode: str) -> None:
+    """Send one run. Raises UserError where the folder holds none, or wandb cannot be reached."""
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved["wandb"]["mode"] = mode
+        saved["train"]["out_dir"] = str(folder.resolve().parents[1])
+        config = Config.model_validate(saved)
+        records = read_metrics(folder / "metrics.jsonl")
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"{folder}: no run's folder ({reason(error)}); config.json, metrics.jsonl") from None
+    run = start_wandb(config, config.model_dump(), records)
+    run.finish()
+    if mode == "online" and run.offline:
+        raise UserError(f"{folder}: not uploaded, wandb cannot be reached; run `wandb login` or try again later")
+    print(f"{folder}: {len(records)} lines, run {run.id} in project {config.wandb.project}")
+
+
+if __name__ == "__main__":
+    run_main(main)
