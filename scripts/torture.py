@@ -2,12 +2,12 @@
 
     python scripts/torture.py                         # 50 kills of each optimizer on one process
     python scripts/torture.py --ranks 2 --kills 10    # one of torchrun's two ranks is killed
-    python scripts/torture.py --prepare FILES         # prepare.py killed 20 times on your .parquet, .jsonl or .txt files
+    python scripts/torture.py --prepare 'DIR/*.txt'   # prepare.py killed 20 times on .parquet, .jsonl or .txt files
 
 Each life of a run is the same command with --resume, and ends in a SIGKILL: after a random time, or at a random one of
-the places below (inside a checkpoint's bytes, in a validation, in the middle of a metrics line, …). In the end every step
-must be in metrics.jsonl once, in order, with the loss of a run that was never killed, bit for bit; no checkpoint file may
-ever be torn. The exit status is 0 if so.
+the places below (inside a checkpoint's bytes, in a validation, in the middle of a metrics line, …). In the end every
+step must be in metrics.jsonl once, in order, with the loss of a run that was never killed, bit for bit; no checkpoint
+file may ever be torn. The exit status is 0 if so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ import metrics
 import train
 from errors import UserError, number, run_main
 
+ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")
 STEPS = 120
 EXPERIMENT = """
@@ -100,14 +101,10 @@ hessian_batch_size = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--kills", type=number(int, 1), default=50, metavar="N", help="an optimizer (default %(default)s)"
-    )
+    parser.add_argument("--kills", type=number(int, 1), default=50, metavar="N", help="an optimizer (default 50)")
     parser.add_argument("--ranks", type=number(int, 1, 2), default=1, metavar="N", help="1, or 2 under torchrun")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, metavar="NAME")
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, metavar="N", help="of the kills (default %(default)s)"
-    )
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the kills (default 0)")
     parser.add_argument("--prepare", metavar="FILES", help="kill prepare.py on these files instead")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -121,10 +118,8 @@ def main() -> None:
             return
         experiment = make_experiment(Path(folder))
         for optimizer in arguments.optimizers:
-            print(
-                torture(experiment, optimizer, arguments.kills, arguments.ranks, random.Random(arguments.seed)),
-                flush=True,
-            )
+            rng = random.Random(arguments.seed)
+            print(torture(experiment, optimizer, arguments.kills, arguments.ranks, rng), flush=True)
 
 
 def make_experiment(folder: Path) -> Path:
@@ -137,34 +132,31 @@ def make_experiment(folder: Path) -> Path:
 
 
 def torture(experiment: Path, optimizer: str, kills: int, ranks: int, rng: random.Random) -> str:
-    """Kill the run `kills` times, starting it anew after each, then let it end. Returns the summary; UserError if wrong."""
+    """Kill the run `kills` times, starting it anew after each, then let it end. Returns a summary; raises UserError."""
     whole, killed = (experiment.parent / name / "torture" / optimizer for name in ("whole", "killed"))
-    command = [str(experiment), f"--run={optimizer}", "--resume"]
-    if ranks == 2:
-        command.append("--train.micro_batch_size=1")
-    start_life([*command, f"--train.out_dir={experiment.parent / 'whole'}"], "nowhere", 1, 0, ranks)()
+    command = [str(experiment), f"--run={optimizer}", "--resume", f"--train.micro_batch_size={2 // ranks}"]
+    to_whole, to_killed = ([*command, f"--train.out_dir={folder.parents[1]}"] for folder in (whole, killed))
+    start_life(to_whole, "nowhere", 1, 0, ranks)()
     deaths: Counter[str] = Counter()
-    lost = 0
     while sum(deaths.values()) < kills:
         place = rng.choice([*PLACES, "any time"])
         nth = rng.randint(1, 12 if place == "in a step" else 4)
-        life = start_life(
-            [*command, f"--train.out_dir={experiment.parent / 'killed'}"], place, nth, rng.randrange(ranks), ranks
-        )
+        life = start_life(to_killed, place, nth, rng.randrange(ranks), ranks)
         if life(rng.uniform(0.02, 0.25) if place == "any time" and ranks == 1 else None):
             deaths[place] += 1
         else:  # it came to its end before the kill: from the beginning again, or all later kills would hit nothing
-            lost += check_same(whole, killed)
-            subprocess.run(["rm", "-r", str(killed)], check=True)
-        check_whole(killed)
-    start_life([*command, f"--train.out_dir={experiment.parent / 'killed'}"], "nowhere", 1, 0, ranks)()
-    lost += check_same(whole, killed)
+            check_same(whole, killed)
+            shutil.rmtree(killed)
+        for path in checkpoint.checkpoints(killed):
+            checkpoint.load(path)  # raises UserError for a torn one
+    start_life(to_killed, "nowhere", 1, 0, ranks)()
+    check_same(whole, killed)
     places = ", ".join(f"{count} {place}" for place, count in deaths.most_common())
-    return f"{optimizer}, {ranks} rank(s): {sum(deaths.values())} kills ({places}), checkpoints torn: 0, steps lost: {lost}"
+    return f"{optimizer} on {ranks} rank(s): {kills} kills ({places}); checkpoints torn: 0, steps lost or doubled: 0"
 
 
 def start_life(arguments: list[str], place: str, nth: int, rank: int, ranks: int) -> Callable[..., bool]:
-    """Begin one life; the function returned waits for its end (killing it after some seconds, if given): was it killed?"""
+    """Begin one life. The function returned waits for its end, or kills it after so many seconds; was it killed?"""
     if ranks == 2:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
         command += [__file__, "--child", place, str(nth), str(rank), *arguments]
@@ -243,14 +235,8 @@ PLACES: dict[str, Callable[[int], None]] = {
 }
 
 
-def check_whole(folder: Path) -> None:
-    """Every file that bears a checkpoint's name can be read."""
-    for path in checkpoint.checkpoints(folder):
-        checkpoint.load(path)
-
-
-def check_same(whole: Path, killed: Path) -> int:
-    """Raise UserError unless both runs' numbers are the same, each once and in order; return the steps that are lost: 0."""
+def check_same(whole: Path, killed: Path) -> None:
+    """Raise UserError unless both runs' numbers and last weights are the same, each step once and in order."""
     one, other = (metrics.read_metrics(folder / "metrics.jsonl") for folder in (whole, killed))
     for key in ("loss", "val_loss", "grad_norm", "lr"):
         expected, found = ([(r["step"], r[key]) for r in lines if key in r] for lines in (one, other))
@@ -261,7 +247,6 @@ def check_same(whole: Path, killed: Path) -> int:
     expected, found = (checkpoint.load(checkpoint.path_of(folder, STEPS))["model"] for folder in (whole, killed))
     if not all(torch.equal(weight, found[name]) for name, weight in expected.items()):
         raise UserError(f"{killed}: the last weights differ from those of the run that was not killed")
-    return 0
 
 
 def torture_prepare(pattern: str, folder: Path, rng: random.Random, kills: int = 20) -> None:
@@ -271,9 +256,7 @@ def torture_prepare(pattern: str, folder: Path, rng: random.Random, kills: int =
     subprocess.run([*command, str(folder / "clean")], check=True, capture_output=True)
     clean_s = time.monotonic() - started
     for _ in range(kills):
-        process = subprocess.Popen(
-            [*command, str(folder / "killed")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([*command, str(folder / "killed")], stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.1, 0.9) * clean_s)
         process.kill()
         process.wait()
