@@ -26,10 +26,10 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The GPT-2 shape."""
 
-    n_layer: int = Field(gt=0, description="transformer blocks")
-    n_head: int = Field(gt=0, description="attention heads a block")
-    n_embd: int = Field(gt=0, description="channels, a multiple of n_head")
-    block_size: int = Field(1024, gt=0, description="context length, tokens")
+    n_layer: int = Field(gt=0, le=1000, description="transformer blocks")
+    n_head: int = Field(gt=0, le=1000, description="attention heads a block")
+    n_embd: int = Field(gt=0, le=100_000, description="channels, a multiple of n_head")
+    block_size: int = Field(1024, gt=0, le=1_000_000, description="context length, tokens")
     vocab_size: int = Field(50257, gt=1, le=65536, description="tokens in the vocabulary")
     scale_attn_by_inverse_layer_idx: bool = Field(True, description="layer i (from 1) divides attention scores by i")
 
@@ -49,11 +49,13 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """All that is shared by the optimizers. A step is one parameter update."""
 
-    max_steps: int = Field(gt=0, description="steps of the whole, fully decayed schedule")
+    max_steps: int = Field(gt=0, le=10**9, description="steps of the whole, fully decayed schedule")
     seed: int = Field(1337, ge=0, lt=2**63, description="initial weights, data order, sampled labels, probes")
-    batch_size: int = Field(480, gt=0, description="sequences a step over all ranks; accumulation is derived")
-    micro_batch_size: int = Field(12, gt=0, description="sequences a rank processes at once")
-    warmup_steps: int = Field(2000, ge=0, description="steps of linear warm-up")
+    batch_size: int = Field(
+        480, gt=0, le=1_000_000, description="sequences a step over all ranks; accumulation is derived"
+    )
+    micro_batch_size: int = Field(12, gt=0, le=1_000_000, description="sequences a rank processes at once")
+    warmup_steps: int = Field(2000, ge=0, le=10**9, description="steps of linear warm-up")
     final_lr_ratio: float = Field(0.05, ge=0, le=1, description="last learning rate / peak, by a cosine")
     grad_clip: float = Field(1.0, ge=0, description="clip the gradient's global norm here; 0 is off")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="autocast type; weights stay fp32")

@@ -99,13 +99,16 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a torn last line, from a process that was killed, is left out."""
+    """The lines of a metrics.jsonl up to the first that is damaged: torn, as a rule, when its process was killed."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 
