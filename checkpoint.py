@@ -11,12 +11,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from config import FREE_KEYS, KEYS, Config
+from data.batches import fingerprint
 from errors import UserError, reason
 from files import whole_file
 
-KEYS = {"step", "config", "model", "optimizer", "fingerprints"}
+CONTENT = {"step": int, "validated_step": int, "config": dict, "model": dict, "optimizer": dict, "fingerprints": dict}
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -25,7 +28,17 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(run_dir.glob("step_????????.pt"))
+    return sorted(path for path in run_dir.glob("step_" + 8 * "[0-9]" + ".pt") if path.is_file())
+
+
+def set_aside(run_dir: Path, beyond: int) -> None:
+    """Rename what bears a later step than the one that a run goes on from: damaged, or it would be its checkpoint.
+
+    Otherwise it would count as the newest, and a good one be removed in its place.
+    """
+    for path in checkpoints(run_dir):
+        if path > path_of(run_dir, beyond):
+            path.rename(path.with_name(path.name + ".damaged"))
 
 
 def save(run_dir: Path, state: dict[str, Any], keep: int) -> None:
@@ -53,13 +66,13 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError(f"checksum of {damaged} differs")
         # Mapped, not read: the ranks of a node share one copy of it in the page cache.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(state, dict) or not state.keys() >= KEYS:
+        if not isinstance(state, dict) or any(not isinstance(state.get(k), kind) for k, kind in CONTENT.items()):
             raise ValueError("not a checkpoint of this trainer")
         return state
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # there is no telling what damaged bytes make the reader trip over
-        raise UserError(f"{path}: unreadable ({reason(error)}); remove it to use an older one") from None
+        raise UserError(f"{path}: unreadable as a checkpoint ({reason(error)})") from None
 
 
 def load_newest(run_dir: Path) -> dict[str, Any] | None:
@@ -69,9 +82,40 @@ def load_newest(run_dir: Path) -> dict[str, Any] | None:
         try:
             return load(path)
         except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            print(f"warning: {error}; trying the one before it", file=sys.stderr)
     if paths:
         raise UserError(
             f"{run_dir}: none of its {len(paths)} checkpoints can be read; start anew in another train.out_dir"
         )
     return None
+
+
+def open_run(config: Config, resume: bool, tokens: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    """The checkpoint to continue from, if any. An existing run is refused without --resume, and never changed here."""
+    folder = config.run_dir
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not resume:
+        raise UserError(f"{folder}: exists; add --resume to continue it, or choose another --train.out_dir")
+    saved = load_newest(folder)
+    if saved is None:
+        print(f"{folder}: has no checkpoint yet; beginning at step 0")
+    else:
+        refuse_other_run(config, saved["config"])
+        for split, name in saved["fingerprints"].items():
+            if fingerprint(tokens[split]) != name:
+                raise UserError(f"{folder}: was begun on another {split}.bin than the one in {config.data.path}")
+    return saved
+
+
+def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:
+    """A resumed run must be the same run: only keys that change no result may differ."""
+    now = config.model_dump()
+    for key in KEYS:
+        section, name = key.split(".")
+        before = saved.get(section, {}).get(name)
+        if key not in FREE_KEYS and now[section][name] != before:
+            raise UserError(
+                f"{config.run_dir}: was begun with {key} = {before}, now it is {now[section][name]}; "
+                f"set it back, or choose another --train.out_dir"
+            )

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from errors import UserError
+from errors import UserError, reason
+
+PATH = r"^[^\x00-\x1f]+$"  # no control characters
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # becomes a folder's name
 
 
 class Section(BaseModel):
@@ -43,7 +47,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the tokens are."""
 
-    path: str = Field(description="folder with train.bin, val.bin and (if made here) meta.json")
+    path: str = Field(pattern=PATH, description="folder with train.bin, val.bin and (if made here) meta.json")
 
 
 class TrainConfig(Section):
@@ -67,7 +71,7 @@ class TrainConfig(Section):
     log_interval: int = Field(10, gt=0, description="steps between log lines, where the device is waited for")
     checkpoint_interval: int = Field(1000, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept, besides the best")
-    out_dir: str = Field("out", description="a run writes to OUT_DIR/EXPERIMENT/RUN")
+    out_dir: str = Field("out", pattern=PATH, description="a run writes to OUT_DIR/EXPERIMENT/RUN")
 
 
 class OptimizerConfig(Section):
@@ -80,8 +84,10 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(ge=0, description="decoupled, times lr, on matrices alone")
     eps: float | None = Field(None, gt=0, description="adamw: added to the root; sophia: floor of rho·h")
     rho: float | None = Field(None, gt=0, description="sophia: an entry moves less than lr where |m| < rho·h")
-    hessian_interval: int | None = Field(None, gt=0, description="sophia: steps between estimates (k)")
-    hessian_batch_size: int | None = Field(None, gt=0, description="sophia: sequences an estimate over all ranks")
+    hessian_interval: int | None = Field(None, gt=0, le=10**9, description="sophia: steps between estimates (k)")
+    hessian_batch_size: int | None = Field(
+        None, gt=0, le=10**9, description="sophia: sequences an estimate over all ranks"
+    )
     hessian_micro_batch_size: int | None = Field(
         None, gt=0, description="sophia: most sequences a rank estimates on at once (default: micro_batch_size)"
     )
@@ -177,8 +183,13 @@ def load_experiment(path: Path, run: str | None, overrides: dict[str, str] | Non
     runs = shared.pop("runs", None)
     if not isinstance(runs, dict) or not runs or not all(isinstance(table, dict) for table in runs.values()):
         raise UserError(f"{path}: no runs; add a table such as [runs.adamw.optimizer]")
+    for key in shared:
+        if key not in SECTIONS:
+            raise UserError(f"{path}: unknown key {key}{_nearest(key)}")
+    if wrong := [name for name in runs if not RUN_NAME.fullmatch(name)]:
+        raise UserError(f"{path}: {wrong[0]!r} cannot name a run's folder; use letters, digits, '-', '_' and '.'")
     if run is None or run not in runs:
-        asked = f"no run named {run!r}" if run else "which run?"
+        asked = f"no run named {run!r}." if run else "which run?"
         raise UserError(f"{path}: {asked} Add --run=NAME, NAME one of: {', '.join(runs)}")
     configs = {name: _resolve(path, name, _merge(shared, table), {}) for name, table in runs.items() if name != run}
     configs[run] = _resolve(path, run, _merge(shared, runs[run]), overrides or {})
@@ -194,9 +205,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot read the experiment file ({error.strerror}); see configs/") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        raise UserError(f"{path}: cannot read the experiment file ({reason(error)}); see configs/") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {reason(error)}") from None
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -223,9 +234,10 @@ def _literal(key: str, text: str) -> Any:
     if KEYS[key].annotation is str:
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -235,13 +247,16 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {key}{_nearest(key)}"
     if problem["type"] == "missing":
         return f"{key} is missing; add it to the file or to the command line"
+    key = key or "this run"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key} = {problem['input']!r} {message}" if not isinstance(problem["input"], dict) else f"{key}: {message}"
 
 
 def _nearest(key: str) -> str:
     names = {**{known: known for known in KEYS}, **{known.split(".")[1]: known for known in KEYS}, "resume": "resume"}
-    close = difflib.get_close_matches(key, names, n=1) or difflib.get_close_matches(key.split(".")[-1], names, n=1)
+    close = difflib.get_close_matches(key, names, 1, 0.7) or difflib.get_close_matches(
+        key.split(".")[-1], names, 1, 0.7
+    )
     return f"; did you mean {names[close[0]]}?" if close else ""
 
 

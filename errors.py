@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import math
 import os
 import sys
 from collections.abc import Callable
-
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
 
 
 class UserError(Exception):
@@ -27,10 +24,8 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
-            if error.errno not in DISK_ERRORS:
-                raise
             where = f"{error.filename}: " if error.filename else ""
-            error = UserError(f"{where}{error.strerror}; mend that (what was written before is whole), then go on")
+            error = UserError(f"{where}{error.strerror or reason(error)}; mend that, what was written before is whole")
         if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same mistake; one tells it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -99,16 +99,17 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to the first that is damaged: torn, as a rule, when its process was killed."""
+    """The lines of a metrics.jsonl, null as NaN. A damaged line (torn, when its process was killed) is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            break
-        records.append(record)
+            record = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+            numeric = all(isinstance(value, int | float) for value in record.values())
+            if not numeric or not isinstance(record["step"], int) or not {"tokens", "seconds"} <= record.keys():
+                raise ValueError("not a line of ours")
+            records.append(record)
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            print(f"warning: {path}, line {number}: damaged, left out", file=sys.stderr)
     return records
 
 

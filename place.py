@@ -58,7 +58,7 @@ def start_process_group(place: Place) -> None:
     if place.world_size > 1:
         # Small decisions travel between the hosts by gloo and never wait for a GPU; gradients travel by NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo")
-        agree(False)  # a barrier: nobody creates the run's folder before everybody has looked at it
+        agree(0)  # a barrier: nobody creates the run's folder before everybody has looked at it
 
 
 def catch_signals() -> list[int]:
@@ -74,10 +74,10 @@ def catch_signals() -> list[int]:
     return received
 
 
-def agree(flag: bool) -> bool:
-    """True on all ranks if it is true on one. Between the hosts alone: no device is waited for."""
+def agree(number: int) -> int:
+    """The largest number of any rank, on all ranks. Between the hosts alone: no device is waited for."""
     if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)

@@ -5,7 +5,7 @@ Needs torch alone; copy this file into any project. Every :math:`k` steps, befor
     optimizer = SophiaG(model.parameters(), lr=6e-4)
     for step, (x, y) in enumerate(loader):
         if step % 10 == 0:                                           # k = 10
-            sampled_label_loss(model(x), torch.rand(y.shape)).backward()
+            sampled_label_loss(model(x), torch.rand(y.shape, device=y.device)).backward()
             optimizer.update_hessian(gnb_estimate(model.parameters(), n_labels=y.numel()))
             optimizer.zero_grad()
         F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
@@ -71,6 +71,8 @@ class Sophia(Optimizer):
     ) -> None:
         if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
+        if len(betas) != 2:
+            raise ValueError(f"Invalid betas: {betas}, two are needed")
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
@@ -94,15 +96,12 @@ class Sophia(Optimizer):
         Raises:
             ValueError: for a parameter that this optimizer does not have.
         """
-        known = set()
-        for group in self.param_groups:
-            _, beta2 = group["betas"]
-            for param in group["params"]:
-                known.add(param)
-                if param in estimates:
-                    self._state(param)["hessian"].lerp_(estimates[param], 1 - beta2)
-        if not known.issuperset(estimates):
+        if not {p for group in self.param_groups for p in group["params"]}.issuperset(estimates):
             raise ValueError("estimates has a tensor that is no parameter of this optimizer")
+        for group in self.param_groups:
+            for param in (p for p in group["params"] if p in estimates):
+                h = self._state(param)["hessian"]
+                h.lerp_(estimates[param].to(h.dtype), 1 - group["betas"][1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

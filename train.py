@@ -10,7 +10,6 @@ made from batch 0, 1, …; a batch, and all randomness beside it, is a function 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import sys
@@ -31,7 +30,7 @@ from torch.optim import AdamW, Optimizer
 
 import checkpoint
 import metrics
-from config import FREE_KEYS, KEYS, Config, parse_command_line
+from config import Config, parse_command_line
 from data.batches import (
     fingerprint,
     label_uniforms,
@@ -88,7 +87,7 @@ def main() -> None:
         return
     folder, shape = Path(config.data.path), config.model
     tokens = {split: open_tokens(folder, split, shape.vocab_size, shape.block_size) for split in ("train", "val")}
-    saved = open_run(config, flags, tokens)
+    saved = checkpoint.open_run(config, flags.resume, tokens)
     if saved and saved["validated_step"] == config.train.max_steps:
         print(f"{config.run_dir}: finished already, {saved['step']} steps")
         return
@@ -100,23 +99,27 @@ def main() -> None:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             with locked(config.run_dir):
                 environment = metrics.environment(place.device, place.world_size)
-                train(run, progress, metrics.RunLog(config, environment, progress.step, progress.validated_step))
+                checkpoint.set_aside(config.run_dir, beyond=progress.step)
+                log = metrics.RunLog(config, environment, progress.step, progress.validated_step)
+                stopped_by = train(run, progress, log)
         else:
-            train(run, progress, None)
+            stopped_by = train(run, progress, None)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if stopped_by:
+        sys.exit(128 + stopped_by)  # the shell's own rule: whoever comes next must not take this for a finished run
 
 
-def train(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
-    """The training loop: log, validate, save, step. Rank 0 has the log."""
+def train(run: Run, progress: Progress, log: metrics.RunLog | None) -> int:
+    """The training loop: log, validate, save, step. Rank 0 has the log. Returns the signal that ended it, or 0."""
     config = run.config
     signals = catch_signals()
     saved_at = (progress.step, progress.validated_step)
     pending: list[dict[str, Any]] = []  # steps whose numbers are still on the device
 
     while True:
-        stopping = agree(bool(signals))
+        stopping = agree(signals[0] if signals else 0)
         last = progress.step == config.train.max_steps
         saving = stopping or last or progress.step % config.train.checkpoint_interval == 0
         if pending and (saving or progress.step % config.train.log_interval == 0):
@@ -126,46 +129,21 @@ def train(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
         if validating and progress.validated_step < progress.step:
             validate(run, progress, log)
         if saving and progress.step > 0 and (progress.step, progress.validated_step) != saved_at:
-            save(run, progress, log)
-            saved_at = (progress.step, progress.validated_step)
+            if is_finite(run, progress):
+                save(run, progress, log)
+                saved_at = (progress.step, progress.validated_step)
+            elif log:
+                log.message(f"step {progress.step}: not saved, because the weights or the last loss are no numbers")
         if stopping or last:
             break
         pending.append(make_step(run, progress.step))
         progress.step += 1
 
     if log:
-        if stopping and not last:
+        if stopping:
             log.message(f"stopped by a signal after step {progress.step}; the same command with --resume continues")
         log.close()
-
-
-def open_run(config: Config, flags: argparse.Namespace, tokens: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """The checkpoint to continue from, if any. An existing run is refused without --resume, and never changed here."""
-    folder = config.run_dir
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not flags.resume:
-        raise UserError(f"{folder}: exists; add --resume to continue it, or choose another --train.out_dir")
-    saved = checkpoint.load_newest(folder)
-    if saved:
-        refuse_other_run(config, saved["config"])
-        for split, name in saved["fingerprints"].items():
-            if fingerprint(tokens[split]) != name:
-                raise UserError(f"{folder}: was begun on another {split}.bin than the one in {config.data.path}")
-    return saved
-
-
-def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:
-    """A resumed run must be the same run: only keys that change no result may differ."""
-    now = config.model_dump()
-    for key in KEYS:
-        section, name = key.split(".")
-        before = saved.get(section, {}).get(name)
-        if key not in FREE_KEYS and now[section][name] != before:
-            raise UserError(
-                f"{config.run_dir}: was begun with {key} = {before}, now it is {now[section][name]}; "
-                f"set it back, or choose another --train.out_dir"
-            )
+    return stopping
 
 
 def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Run:
@@ -177,9 +155,7 @@ def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Ru
     if place.world_size > 1:
         # Around the compiled model, so that it is one graph; the buckets that are averaged are the gradients.
         devices = [place.device.index] if place.device.type == "cuda" else None
-        parallel = DistributedDataParallel(
-            forward, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        parallel = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(place.device.type, enabled=config.train.dtype == "float16")
     return Run(config, place, tokens, model, forward, parallel, make_optimizer(config, model), scaler)
 
@@ -212,6 +188,8 @@ def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
 
 
 def load_states(run: Run, saved: dict[str, Any]) -> None:
+    if len(saved["optimizer"]) != len(list(run.model.parameters())):
+        raise ValueError("the optimizer's state is not complete")
     run.model.load_state_dict(saved["model"])
     # The state alone: hyperparameters, and which implementation computes the step, are the config's to say.
     options = run.optimizer.state_dict()["param_groups"]
@@ -248,9 +226,9 @@ def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log
         log.steps(records)
     if progress.bad_steps >= run.config.train.max_bad_steps:
         raise UserError(
-            f"{run.config.run_dir}: no finite loss or gradient in {progress.bad_steps} steps up to {progress.step}. "
-            f"None was applied, the last checkpoint is good. Begin again with a lower optimizer.lr, a longer warm-up, "
-            f"float32, or (Sophia) a larger rho"
+            f"{run.config.run_dir}: no finite loss or gradient in {progress.bad_steps} steps up to {progress.step}; "
+            f"none was applied, and no checkpoint has such weights. Begin again in another train.out_dir with a lower "
+            f"optimizer.lr, a longer warm-up, float32, or (Sophia) a larger rho"
         )
 
 
@@ -279,6 +257,11 @@ def validate(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
         tokens = progress.step * config.train.batch_size * config.model.block_size
         at = {"step": progress.step, "tokens": tokens, "seconds": progress.seconds}
         log.validation(at | {"val_loss": progress.val_loss})
+
+
+def is_finite(run: Run, progress: Progress) -> bool:
+    """Whether the run is worth a checkpoint: one whose weights are no numbers must never replace a good one."""
+    return progress.bad_steps == 0 and bool(torch.isfinite(nn.utils.get_total_norm(run.model.parameters())))
 
 
 def save(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:

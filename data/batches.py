@@ -45,10 +45,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        int(meta["vocab_size"]), [int(split["tokens"]) for split in meta["splits"].values()]  # as it must look
+        numbers = [meta["vocab_size"], *(split["tokens"] for split in meta["splits"].values())]
+        if not all(isinstance(number, int) and number > 0 for number in numbers):
+            raise ValueError("counts must be positive numbers")
         return meta
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: damaged; remove the folder and prepare the data again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path}: damaged; remove it and the .bin files beside it, and prepare the data again"
+        ) from None
 
 
 def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> np.ndarray:

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.batches import fingerprint, read_meta
-from errors import UserError
+from errors import UserError, reason
 from files import locked, whole_file
 
 SPLITS = ("train", "val")
@@ -209,12 +209,17 @@ def _start_or_continue(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | No
     """The progress to continue from, or None where the folder is complete already."""
     progress_path = out / "progress.json"
     if (out / "meta.json").exists():
-        if read_meta(out).get("recipe") != recipe:
+        meta = read_meta(out)
+        if meta.get("recipe") != recipe:
             raise UserError(f"{out}: holds data of another recipe (see its meta.json); choose another --out")
         progress_path.unlink(missing_ok=True)
-        return None
+        if all(_is_as_recorded(out / f"{split}.bin", meta["splits"].get(split, {})) for split in SPLITS):
+            return None
+        print(f"{out}: its files are not what its meta.json says; preparing them again")
+        for name in ("meta.json", "train.bin", "val.bin"):
+            (out / name).unlink(missing_ok=True)
     if progress_path.exists():
-        progress = json.loads(progress_path.read_text(encoding="utf-8"))
+        progress = _read_progress(progress_path)
         if progress["recipe"] != recipe:
             raise UserError(
                 f"{out}: holds a half-made preparation of another recipe; choose another --out or remove it"
@@ -227,6 +232,28 @@ def _start_or_continue(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | No
     progress = {"shards": 0, "documents": 0, "tokens": dict.fromkeys(SPLITS, 0), "val_documents": 0, "recipe": recipe}
     _write_json(progress_path, progress)
     return progress
+
+
+def _is_as_recorded(path: Path, facts: dict[str, Any]) -> bool:
+    if not path.exists() or path.stat().st_size != 2 * facts.get("tokens", -1):
+        return False
+    return fingerprint(np.memmap(path, dtype="<u2", mode="r")) == facts.get("fingerprint")
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    """progress.json, refused where it is damaged or promises more than the files beside it hold."""
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        shards, documents, recipe = progress["shards"], progress["documents"], progress["recipe"]
+        for split in SPLITS:
+            file = next(p for p in (_partial(path.parent, split), path.parent / f"{split}.bin") if p.exists())
+            if file.stat().st_size < 2 * progress["tokens"][split]:
+                raise ValueError(f"{file.name} is shorter than recorded")
+        if not isinstance(shards, int) or not isinstance(documents, int) or not isinstance(recipe, dict):
+            raise ValueError("not a progress.json of ours")
+        return progress
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({reason(error)}); remove it and the .partial files to begin again") from None
 
 
 def _partial(out: Path, split: str) -> Path:

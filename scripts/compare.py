@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import median
@@ -34,9 +35,11 @@ def main() -> None:
     runs = [run for folder in arguments.folders for run in find_runs(folder)]
     print(format_table([table_row(run) for run in runs]))
     for run in runs:
-        if run["steps"] < run["config"]["train"]["max_steps"]:
+        if run["steps"] < run["max_steps"]:
             print(f"note: {run['name']} is unfinished; its losses are not comparable yet")
     png = arguments.png or arguments.folders[0] / "compare.png"
+    if png.is_dir():
+        raise UserError(f"{png}: is a folder; --png takes the name of a file")
     draw(runs, png)
     print(f"wrote {png}")
 
@@ -59,17 +62,24 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         validations = [r for r in records if "val_loss" in r]
         name = f"{config['experiment']}/{config['run']}"
         step = steps[-1]["step"] if steps else 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        max_steps, optimizer = config["train"]["max_steps"], config["optimizer"]["name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: config.json or metrics.jsonl is damaged ({error!r}); leave it out") from None
     if not validations:
         return None
-    return {"name": name, "config": config, "steps": step, "records": steps, "validations": validations}
+    numbers = {"steps": step, "max_steps": max_steps, "records": steps, "validations": validations}
+    return {"name": name, "optimizer": optimizer, "experiment": config["experiment"], "run": config["run"]} | numbers
 
 
 def table_row(run: dict[str, Any]) -> dict[str, str]:
     """The run's line of the table. Times are medians over its steps, so that compiling does not count."""
-    records, losses = run["records"], [r["val_loss"] for r in run["validations"]]
-    row = {"run": run["name"], "val loss": f"{losses[-1]:.4f}", "best": f"{min(losses):.4f}"}
+    records = [r for r in run["records"] if {"step_ms", "clipped"} <= r.keys()]
+    losses = [r["val_loss"] for r in run["validations"]]
+    row = {
+        "run": run["name"],
+        "val loss": f"{losses[-1]:.4f}",
+        "best": f"{min(losses, key=lambda loss: (math.isnan(loss), loss)):.4f}",
+    }
     if not records:
         return row
     estimates = [r["hessian_ms"] for r in records if "hessian_ms" in r]
@@ -80,7 +90,7 @@ def table_row(run: dict[str, Any]) -> dict[str, str]:
         "hours": f"{last['seconds'] / 3600:.3f}",
         "T(step) ms": f"{median(r['step_ms'] for r in records):.1f}",
         "T(Hessian) ms": f"{median(estimates):.1f}" if estimates else "–",
-        "tokens/s": f"{last['tokens'] / last['seconds']:,.0f}",
+        "tokens/s": f"{last['tokens'] / max(last['seconds'], 1e-9):,.0f}",
         "clipped": f"{sum(r['clipped'] for r in records) / len(records):.1%}",
     }
 
@@ -108,17 +118,20 @@ def draw(runs: list[dict[str, Any]], png: Path) -> None:
 
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     drawn: dict[str, int] = {}
-    one_experiment = len({run["config"]["experiment"] for run in runs}) == 1
+    one_experiment = len({run["experiment"] for run in runs}) == 1
     for run in runs:
-        optimizer = run["config"]["optimizer"]["name"]
+        optimizer = run["optimizer"]
         style = LINE_STYLES[drawn.get(optimizer, 0) % len(LINE_STYLES)]
         drawn[optimizer] = drawn.get(optimizer, 0) + 1
         points = [r for r in run["validations"] if r["step"] > 0] or run["validations"]
-        label = f"{run['config']['run'] if one_experiment else run['name']}  {points[-1]['val_loss']:.3f}"
+        name = str(run["run"] if one_experiment else run["name"]).replace("$", r"\$")
+        label = f"{name}  {points[-1]['val_loss']:.3f}"
         for panel, axis in zip(panels, ("step", "tokens", "seconds"), strict=True):
             unit = 1e6 if axis == "tokens" else 1
             xs, ys = [r[axis] / unit for r in points], [r["val_loss"] for r in points]
-            panel.plot(xs, ys, style, color=COLORS[optimizer], lw=1.6, marker="o", ms=3, alpha=0.85, label=label)
+            panel.plot(
+                xs, ys, style, color=COLORS.get(optimizer, "#555555"), lw=1.6, marker="o", ms=3, alpha=0.85, label=label
+            )
     for panel, axis in zip(panels, ("steps", "million tokens", "seconds of training"), strict=True):
         panel.set_xlabel(axis)
         panel.grid(color="#dddddd", lw=0.6)

@@ -22,7 +22,7 @@ import checkpoint
 from config import Config
 from data.batches import read_meta
 from data.tokenize import load_tokenizer
-from errors import UserError, number, run_main
+from errors import UserError, number, reason, run_main
 from model import GPT
 
 
@@ -32,7 +32,12 @@ def main() -> None:
     saved = checkpoint.load_newest(path) if path.is_dir() else checkpoint.load(path)
     if saved is None:
         raise UserError(f"{path}: no checkpoint in it; give a run's folder or a step_….pt file")
-    config = Config.model_validate(saved["config"])
+    try:
+        config = Config.model_validate(saved["config"])
+        model = GPT(config.model)
+        model.load_state_dict(saved["model"])
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this trainer ({reason(error)})") from None
     tokenizer = load_tokenizer(read_meta(Path(config.data.path)).get("tokenizer", "gpt2"))
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
@@ -40,11 +45,9 @@ def main() -> None:
             f"{tokenizer.vocab_size}; put the data it was trained on back there"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = GPT(config.model)
-    model.load_state_dict(saved["model"])
     model.to(device).eval()
 
-    prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_text]
+    prompt = tokenizer.encode(arguments.prompt.encode(errors="replace").decode()) or [tokenizer.end_of_text]
     generator = torch.Generator(device).manual_seed(arguments.seed)
     tokens = torch.tensor([prompt], device=device)
     tokens = generate(model, tokens, arguments.tokens, arguments.temperature, arguments.top_k, generator)
@@ -62,7 +65,7 @@ def generate(
         if top_k:
             kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
             logits[logits < kept] = -torch.inf
-        if temperature == 0:
+        if temperature < 1e-3:  # below, the division overflows, and the most likely token is certain anyway
             new = logits.argmax(-1, keepdim=True)
         else:
             new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
@@ -75,9 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's folder, or one of its .pt files")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: begin a document)")
     parser.add_argument("--tokens", type=number(int, 1), default=200, metavar="N", help="default %(default)s")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.8, metavar="T", help="default %(default)s")
+    parser.add_argument(
+        "--temperature", type=number(float, 0, 100), default=0.8, metavar="T", help="default %(default)s"
+    )
     parser.add_argument("--top-k", type=number(int, 0), default=200, metavar="K", help="0: all (default %(default)s)")
-    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="default %(default)s")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="default %(default)s")
     return parser
 
 

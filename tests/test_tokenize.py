@@ -160,7 +160,7 @@ def test_bad_input_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"words": TEXTS}), tmp_path / "other.parquet")
     assert "no column named text, but words" in refused("--files", f"{tmp_path}/other.parquet", "--out", out)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txet": "b"}\n')
-    assert "bad.jsonl, line 2: not a JSON object with a text key" in refused(
+    assert "bad.jsonl, line 2: not a JSON object with a text" in refused(
         "--files", f"{tmp_path}/bad.jsonl", "--out", out
     )
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

@@ -86,9 +86,13 @@ def test_a_stopped_and_resumed_run_has_the_same_losses_bit_for_bit(
 
     for stop in (7, 8, 12, None):
         monkeypatch.setattr(train, "make_step", stop_after(stop) if stop else make_step)
-        run_train(experiment, f"--run={run}", "--resume")
-        if stop and stop < 12:
-            assert f"stopped by a signal after step {stop}" in capsys.readouterr().out
+        if stop is None:
+            run_train(experiment, f"--run={run}", "--resume")
+            continue
+        with pytest.raises(SystemExit) as ended:
+            run_train(experiment, f"--run={run}", "--resume")
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert f"stopped by a signal after step {stop}" in capsys.readouterr().out
     whole, resumed = tmp_path / "whole/tiny" / run, tmp_path / "out/tiny" / run
     for key in ("loss", "val_loss", "grad_norm", "lr", "tokens"):
         assert read_lines(resumed, key) == read_lines(whole, key)
@@ -305,21 +309,47 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], criterion: Callable
 def test_a_step_without_a_finite_loss_changes_nothing(
     run: str, value: float, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = (experiment, f"--run={run}", "--train.checkpoint_interval=1", "--train.keep_checkpoints=12")
     poison(monkeypatch, {5, 6}, train.mean_loss, value)
-    run_train(*arguments)
+    make_step = train.make_step
+    states: dict[int, list[torch.Tensor]] = {}
+
+    def remember(this: train.Run, step: int) -> dict:
+        done = make_step(this, step)
+        momenta = [state["exp_avg"] for state in this.optimizer.state.values()]
+        states[step + 1] = [tensor.detach().clone() for tensor in [*this.model.parameters(), *momenta]]
+        return done
+
+    monkeypatch.setattr(train, "make_step", remember)
+    run_train(experiment, f"--run={run}", "--train.keep_checkpoints=12")
+    for bad in (5, 6):
+        assert all(torch.equal(before, after) for before, after in zip(states[4], states[bad], strict=True))
+    assert any(not torch.equal(before, after) for before, after in zip(states[6], states[7], strict=True))
     folder = tmp_path / "out/tiny" / run
-    four, five, six, seven = (checkpoint.load(checkpoint.path_of(folder, step)) for step in (4, 5, 6, 7))
-    for bad in (five, six):
-        assert all(torch.equal(weight, bad["model"][name]) for name, weight in four["model"].items())
-        for index, state in four["optimizer"].items():
-            assert torch.equal(state["exp_avg"], bad["optimizer"][index]["exp_avg"])
-    assert (five["bad_steps"], six["bad_steps"], seven["bad_steps"]) == (1, 2, 0)
-    assert any(not torch.equal(weight, seven["model"][name]) for name, weight in four["model"].items())
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step_00000010.pt", "step_00000012.pt"]
     assert [step for step, _ in read_lines(folder, "skipped")] == [5, 6]
     losses = dict(read_lines(folder, "loss"))
     assert losses[5] is None
     assert math.isfinite(losses[12])
+
+
+def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(
+    experiment: Path, run_train: Runner, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update of step 7 is finite in its loss and gradient, and ruins the weights."""
+    make_step = train.make_step
+
+    def ruin(run: train.Run, step: int) -> dict:
+        done = make_step(run, step)
+        if step + 1 == 7:
+            with torch.no_grad():
+                run.model.ln_f.weight.fill_(math.nan)
+        return done
+
+    monkeypatch.setattr(train, "make_step", ruin)
+    arguments = (experiment, "--run=adamw", "--train.checkpoint_interval=1", "--train.max_bad_steps=4")
+    assert "no checkpoint has such weights" in refuse(run_train, capsys, *arguments)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "out/tiny/adamw")]
+    assert names[-2:] == ["step_00000005.pt", "step_00000006.pt"]
 
 
 def test_bad_steps_in_a_row_stop_the_run(
@@ -327,7 +357,7 @@ def test_bad_steps_in_a_row_stop_the_run(
 ) -> None:
     poison(monkeypatch, set(range(7, 13)), train.mean_loss, math.nan)
     said = refuse(run_train, capsys, experiment, "--run=adamw", "--train.max_bad_steps=3")
-    assert "no finite loss or gradient in 3 steps up to 9. None was applied, the last checkpoint is good" in said
+    assert "no finite loss or gradient in 3 steps up to 9; none was applied" in said
     saved = checkpoint.load_newest(tmp_path / "out/tiny/adamw")
     assert saved is not None
     assert saved["step"] == 5

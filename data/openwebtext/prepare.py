@@ -34,7 +34,7 @@ NANOGPT_TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # nanoGPT's README,
 
 def main() -> None:
     arguments = _parser().parse_args()
-    if arguments.files:
+    if arguments.files is not None:
         paths = sorted(Path(name) for name in glob.glob(arguments.files, recursive=True) if os.path.isfile(name))
         if not paths:
             raise UserError(f"--files {arguments.files!r}: no file matches (quote the pattern for the shell)")
@@ -58,7 +58,7 @@ def main() -> None:
         val_fraction=arguments.val_fraction,
         workers=arguments.workers,
     )
-    report(meta, whole_hub=not arguments.files and n_documents == HUB_DOCUMENTS, out=arguments.out)
+    report(meta, whole_hub=arguments.files is None and n_documents == HUB_DOCUMENTS, out=arguments.out)
 
 
 def report(meta: dict[str, Any], whole_hub: bool, out: Path) -> None:
@@ -123,6 +123,8 @@ def _open_parquet(path: Path) -> Any:
         raise UserError(f"{path}: unreadable as parquet ({reason(error)}); replace the file") from None
     if "text" not in file.schema_arrow.names:
         raise UserError(f"{path}: has no column named text, but {', '.join(file.schema_arrow.names)}")
+    if not pa.types.is_string(kind := file.schema_arrow.field("text").type) and not pa.types.is_large_string(kind):
+        raise UserError(f"{path}: its column text holds {kind}, not text")
     return file
 
 
@@ -141,9 +143,11 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         for number, line in enumerate(lines, start=1):
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number}: not a JSON object with a text key") from None
-            yield str(text)
+                if not isinstance(text, str):
+                    raise TypeError("text must be a string")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UserError(f"{path}, line {number}: not a JSON object with a text") from None
+            yield text
 
 
 def _read_txt(path: Path) -> Iterator[str]:
