@@ -148,6 +148,8 @@ class RunLog:
         last = records[-1]
         if self.wandb:
             self.wandb.log(last, step=last["step"])
+        if skipped := [r["step"] for r in records if r.get("skipped")]:
+            self.message(f"steps skipped, because their loss or gradient was no number: {', '.join(map(str, skipped))}")
         self.bar.update(last["step"] - self.bar.n)
         self.bar.set_postfix_str(f"loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s")
         if self.bar.disable:

@@ -68,12 +68,15 @@ def test_each_optimizer_learns(run: str, experiment: Path, run_train: Runner, tm
         assert 0 < last["unclipped"] <= 1
 
 
-@pytest.mark.parametrize("run", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("run", "dtype"), [*((run, "float32") for run in OPTIMIZERS), ("sophia-g", "float16"), ("adamw", "bfloat16")]
+)
 def test_a_stopped_and_resumed_run_has_the_same_losses_bit_for_bit(
-    run: str, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    run: str, dtype: str, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Stopped by SIGTERM after step 7, between two checkpoints, again after step 8, and after the last step."""
-    run_train(experiment, f"--run={run}", f"--train.out_dir={tmp_path / 'whole'}")
+    arguments = (experiment, f"--run={run}", f"--train.dtype={dtype}")
+    run_train(*arguments, f"--train.out_dir={tmp_path / 'whole'}")
     make_step = train.make_step
 
     def stop_after(*steps: int) -> Callable:
@@ -87,10 +90,10 @@ def test_a_stopped_and_resumed_run_has_the_same_losses_bit_for_bit(
     for stop in (7, 8, 12, None):
         monkeypatch.setattr(train, "make_step", stop_after(stop) if stop else make_step)
         if stop is None:
-            run_train(experiment, f"--run={run}", "--resume")
+            run_train(*arguments, "--resume")
             continue
         with pytest.raises(SystemExit) as ended:
-            run_train(experiment, f"--run={run}", "--resume")
+            run_train(*arguments, "--resume")
         assert ended.value.code == 128 + signal.SIGTERM
         assert f"stopped by a signal after step {stop}" in capsys.readouterr().out
     whole, resumed = tmp_path / "whole/tiny" / run, tmp_path / "out/tiny" / run
@@ -101,7 +104,7 @@ def test_a_stopped_and_resumed_run_has_the_same_losses_bit_for_bit(
     assert other is not None
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name])
-    run_train(experiment, f"--run={run}", "--resume")
+    run_train(*arguments, "--resume")
     assert "finished already" in capsys.readouterr().out
 
 
