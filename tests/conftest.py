@@ -117,6 +117,14 @@ def read_lines(run_dir: Path, key: str) -> list[tuple[int, float]]:
 
 
 @pytest.fixture
+def float64() -> Iterator[None]:
+    """Sums in another order then agree to 1e-12 instead of 1e-6."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def tiny_gpt() -> GPT:
     """2,152 parameters in float64, of which 424 are padding rows of the embedding."""
     torch.manual_seed(0)

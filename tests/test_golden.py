@@ -9,24 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests.conftest import OPTIMIZERS, read_lines
 from tests.test_train import Runner
 
 STORED = Path(__file__).with_name("golden_losses.json")
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def golden_data(folder: Path) -> Path:

@@ -30,13 +30,6 @@ def torchrun(ranks: int, *arguments: object, script: str = "train.py") -> subpro
     )
 
 
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def test_learning_rate_warms_up_and_decays_by_a_cosine(experiment: Path) -> None:
     config = load_experiment(experiment, "adamw", {"train.max_steps": "100", "train.warmup_steps": "10"})
     rates = [train.learning_rate(config, step) / config.optimizer.lr for step in range(101)]
