@@ -11,6 +11,7 @@ made from batch 0, 1, …; a batch, and all randomness beside it, is a function 
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -93,22 +94,27 @@ def main() -> None:
         return
     start_process_group(place)
     try:
-        run = build_run(config, place, tokens)
-        progress = restore(run, saved)
-        if place.rank == 0:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            with locked(config.run_dir):
-                environment = metrics.environment(place.device, place.world_size)
-                checkpoint.set_aside(config.run_dir, beyond=progress.step)
-                log = metrics.RunLog(config, environment, progress.step, progress.validated_step)
-                stopped_by = train(run, progress, log)
-        else:
-            stopped_by = train(run, progress, None)
+        stopped_by = begin(config, place, tokens, saved)
+        agree(0)  # a barrier: nobody leaves the group while another still needs it
     finally:
+        gc.collect()  # what uses the process group has to go before it: left to the interpreter's end, it can abort
         if dist.is_initialized():
             dist.destroy_process_group()
     if stopped_by:
         sys.exit(128 + stopped_by)  # the shell's own rule: whoever comes next must not take this for a finished run
+
+
+def begin(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: dict[str, Any] | None) -> int:
+    """Build the run, or what the checkpoint `saved` holds of it, and train it; only rank 0 writes to its folder."""
+    run = build_run(config, place, tokens)
+    progress = restore(run, saved)
+    if place.rank != 0:
+        return train(run, progress, None)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(config.run_dir):
+        checkpoint.set_aside(config.run_dir, beyond=progress.step)
+        environment = metrics.environment(place.device, place.world_size)
+        return train(run, progress, metrics.RunLog(config, environment, progress.step, progress.validated_step))
 
 
 def train(run: Run, progress: Progress, log: metrics.RunLog | None) -> int:
