@@ -46,7 +46,7 @@ from errors import UserError, reason, run_main
 from files import locked
 from lion import Lion
 from model import GPT, flops_per_token, mean_loss, summed_loss, weight_decay_groups
-from place import Place, agree, catch_signals, find_place, start_process_group
+from place import Place, agree, catch_signals, find_place, leave, start_process_group
 from plan import check_divisible, hessian_micro_batch_size, print_plan
 from sophia import Sophia, SophiaG, SophiaH, gnb_estimate, hutchinson_estimate, sampled_label_loss
 
@@ -100,8 +100,8 @@ def main() -> None:
         gc.collect()  # what uses the process group has to go before it: left to the interpreter's end, it can abort
         if dist.is_initialized():
             dist.destroy_process_group()
-    if stopped_by:
-        sys.exit(128 + stopped_by)  # the shell's own rule: whoever comes next must not take this for a finished run
+    # The shell's own rule after a signal: whoever comes next must not take this for a finished run.
+    leave(place, status=128 + stopped_by if stopped_by else 0)
 
 
 def begin(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: dict[str, Any] | None) -> int:
