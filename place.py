@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +60,32 @@ def find_place(config: Config) -> Place:
 def start_process_group(place: Place) -> None:
     if place.world_size > 1:
         # Small decisions travel between the hosts by gloo and never wait for a GPU; gradients travel by NCCL.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo"
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = clean_store(store, place)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
         agree(0)  # a barrier: nobody creates the run's folder before everybody has looked at it
+
+
+def clean_store(store: dist.Store, place: Place) -> dist.Store:
+    """A part of torchrun's key-value store in which the ranks of this start, and no earlier ones, have written.
+
+    torchrun (2.13) hands the ranks that it restarts the same store again, with addresses of the dead in it: they
+    would connect to those, or wait for them. Its restart count cannot tell the parts apart; it differs between nodes.
+    So each other rank asks rank 0 under a name that is new, and rank 0 answers until all have heard it.
+    """
+    name = uuid.uuid4().hex
+    if place.rank > 0:
+        store.set(f"name of rank {place.rank}", name)
+        name = store.get(f"answer to {name}").decode()
+        store.set(f"{name} heard by {place.rank}", "")
+    else:
+        others = range(1, place.world_size)
+        while not store.check([f"{name} heard by {rank}" for rank in others]):
+            for rank in others:  # what is read may be from a dead rank; then the next time round it is not
+                store.set(f"answer to {store.get(f'name of rank {rank}').decode()}", name)
+            time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def catch_signals() -> list[int]:

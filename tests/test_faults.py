@@ -47,12 +47,9 @@ def test_torture(ranks: str) -> None:
 
 
 def test_torchrun_brings_a_killed_rank_back_by_itself(experiment: Path, run_train: Runner, tmp_path: Path) -> None:
-    """Rank 1 is killed in its 8th step, after the checkpoint of step 5; --max-restarts and --resume do the rest.
-
-    Three restarts, as in slurm.sh: gloo itself now and then fails to connect the ranks in one that follows a kill.
-    """
+    """Rank 1 is killed in its 8th step, after the checkpoint of step 5; --max-restarts and --resume do the rest."""
     arguments = [str(experiment), "--run=lion", "--train.micro_batch_size=4"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command += ["--", str(ROOT / "scripts/torture.py"), "--child", "in a step", "8", "1", *arguments, "--resume"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
