@@ -140,11 +140,11 @@ def _skip(
     return lr, [torch.where(found_inf.bool(), m, g) for g, m in zip(grads, exp_avgs, strict=True)]
 
 
-@functools.cache
-def _compiled_multi_tensor() -> Callable[..., None]:
-    return torch.compile(_multi_tensor, fullgraph=True, dynamic=False)
-
-
 def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
     """The same compiled. lr goes in as a tensor, because a new number would be a new constant and a recompilation."""
-    _compiled_multi_tensor()(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
+    _compiled(_multi_tensor)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
+
+
+@functools.cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(function, fullgraph=True, dynamic=False)

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
 
@@ -71,9 +72,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2. The output head is the token embedding itself, so each weight exists, and is optimized, once."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, loss_chunk: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.loss_chunk = loss_chunk
         padded_vocab = math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.wte = nn.Embedding(padded_vocab, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -88,27 +90,41 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
-    def forward(self, tokens: Tensor, criterion: Callable[..., Tensor] | None = None, *arguments: Tensor) -> Tensor:
-        """Logits (B, T, V) for `tokens` (B, T), or `criterion(logits, *arguments)` where a criterion is given.
+    def forward(self, tokens: Tensor, criterion: Callable[..., Tensor] | None = None, *labels: Tensor) -> Tensor:
+        """Logits (B, T, V) for `tokens` (B, T), or `criterion(logits, *labels)` summed over all tokens.
 
         The criterion runs inside forward so that `torch.compile` sees it together with the head, and so that
-        DistributedDataParallel serves the training loss and Sophia's sampled-label loss alike.
+        DistributedDataParallel serves the training loss and Sophia's sampled-label loss alike. It has to be a sum over
+        tokens: with a loss_chunk it sees that many of them at a time.
         """
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))  # (B, T, C)
         for block in self.blocks:
             x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)[..., : self.config.vocab_size]  # (B, T, V)
-        return logits if criterion is None else criterion(logits, *arguments)
+        x = self.ln_f(x)
+        if criterion is None:
+            return self.head(x)
+        if not self.loss_chunk:
+            return criterion(self.head(x), *labels)
+        # The logits are the largest tensor by far. Made chunk by chunk, and once more in backward, they need no room.
+        chunks = zip(*(t.flatten(0, 1).split(self.loss_chunk) for t in (x, *labels)), strict=True)
+        again = functools.partial(checkpoint, self._loss, criterion, use_reentrant=False, preserve_rng_state=False)
+        return torch.stack([again(*chunk) for chunk in chunks]).sum()
 
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) from (..., C), those of the padding rows cut off."""
+        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats a token, in fp32 or better. logits (B, T, V), targets (B, T)."""
-    return F.cross_entropy(_at_least_fp32(logits).flatten(0, 1), targets.flatten())
+    def _loss(self, criterion: Callable[..., Tensor], x: Tensor, *labels: Tensor) -> Tensor:
+        return criterion(self.head(x), *labels)
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy summed over the tokens, those with target -1 left out; for evaluation."""
-    return F.cross_entropy(_at_least_fp32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    """Cross entropy in nats, in fp32 or better, summed over the tokens; those with target -1 are left out.
+
+    logits (..., V), targets (...).
+    """
+    logits = _at_least_fp32(logits).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Needs torch alone; copy this file into any project. Every :math:`k` steps, befor
     for step, (x, y) in enumerate(loader):
         if step % 10 == 0:                                           # k = 10
             sampled_label_loss(model(x), torch.rand(y.shape, device=y.device)).backward()
-            optimizer.update_hessian(gnb_estimate(model.parameters(), n_labels=y.numel()))
+            optimizer.update_hessian_from_grad(n_labels=y.numel())
             optimizer.zero_grad()
         F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
         optimizer.step()
@@ -88,10 +88,11 @@ class Sophia(Optimizer):
         super().__init__(params, defaults | {"foreach": foreach, "fused": fused})
 
     @torch.no_grad()
-    def update_hessian(self, estimates: Mapping[Any, Tensor]) -> None:
+    def update_hessian(self, estimates: Mapping[Any, Tensor], found_inf: Tensor | None = None) -> None:
         """h ← β₂ h + (1 − β₂) ĥ for each ``{parameter: ĥ}``, ĥ being in units of the mean loss (Algorithm 3).
 
-        Call it before :meth:`step`, with an estimate at the current parameters; a parameter left out keeps its h.
+        Call it before :meth:`step`, with an estimate at the current parameters; a parameter left out keeps its h, and
+        all do where `found_inf` is a 0-dim tensor of 1.
 
         Raises:
             ValueError: for a parameter that this optimizer does not have.
@@ -99,9 +100,12 @@ class Sophia(Optimizer):
         if not {p for group in self.param_groups for p in group["params"]}.issuperset(estimates):
             raise ValueError("estimates has a tensor that is no parameter of this optimizer")
         for group in self.param_groups:
-            for param in (p for p in group["params"] if p in estimates):
-                h = self._state(param)["hessian"]
-                h.lerp_(estimates[param].to(h.dtype), 1 - group["betas"][1])
+            params = [p for p in group["params"] if p in estimates]
+            if params:
+                hessians = [self._state(p)["hessian"] for p in params]
+                values = [estimates[p].to(h.dtype) for p, h in zip(params, hessians, strict=True)]
+                average = _compiled(_average) if group["fused"] else _average
+                average(hessians, values, 1 - group["betas"][1], found_inf)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -179,6 +183,19 @@ class SophiaG(Sophia):
     ) -> None:
         super().__init__(params, lr, betas, rho, eps, weight_decay, **options)
 
+    @torch.no_grad()
+    def update_hessian_from_grad(self, n_labels: int, found_inf: Tensor | None = None) -> None:
+        """``update_hessian(gnb_estimate(params, n_labels), found_inf)``, without a second copy of the gradient.
+
+        With ``fused`` it is one sweep over memory: ĝ and h are read, h is written, 12 bytes a parameter in fp32.
+        """
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                hessians = [self._state(p)["hessian"] for p in params]
+                average = _compiled(_average_squares) if group["fused"] else _average_squares
+                average(hessians, [p.grad for p in params], n_labels, 1 - group["betas"][1], found_inf)
+
 
 class SophiaH(Sophia):
     """Sophia for Hutchinson estimates (:func:`hutchinson_estimate`). Defaults: the paper's GPT-2 settings."""
@@ -254,18 +271,30 @@ def _skip(
     return lr, [torch.where(found_inf.bool(), m, g) for g, m in zip(grads, exp_avgs, strict=True)]
 
 
-@functools.cache
-def _compiled_multi_tensor() -> Callable[..., None]:
-    return torch.compile(_multi_tensor, fullgraph=True, dynamic=False)
-
-
 def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
     """The same compiled. lr goes in as a tensor, because a new number would be a new constant and a recompilation."""
-    _compiled_multi_tensor()(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
+    _compiled(_multi_tensor)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
 
 
-def sampled_label_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Mean cross entropy of labels drawn from the model itself: the loss that Gauss-Newton-Bartlett differentiates.
+def _average(hessians: list[Tensor], estimates: list[Tensor], weight: float, found_inf: Tensor | None) -> None:
+    for h, estimate in zip(hessians, estimates, strict=True):
+        h.lerp_(estimate if found_inf is None else torch.where(found_inf.bool(), h, estimate), weight)
+
+
+def _average_squares(
+    hessians: list[Tensor], grads: list[Tensor], n_labels: int, weight: float, found_inf: Tensor | None
+) -> None:
+    for h, g in zip(hessians, grads, strict=True):
+        _average([h], [g.to(h.dtype).square().mul_(n_labels)], weight, found_inf)
+
+
+@functools.cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def sampled_label_loss(logits: Tensor, uniforms: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy of labels drawn from the model itself: the loss that Gauss-Newton-Bartlett differentiates.
 
     Algorithm 2: each ŷ ~ softmax(logits), each independent of the others. In fp32 (or better) whatever
     the logits' type, since a softmax over 50,000 classes in bfloat16 draws the wrong labels.
@@ -274,22 +303,48 @@ def sampled_label_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
         logits: (..., V) over the real classes alone; cut padding off before.
         uniforms: (...) numbers in [0, 1), one a label. They decide the draw, so whoever makes them decides what it
             depends on: made from (seed, step), the labels are the same for any micro-batch and number of ranks.
+        reduction: "mean" over the labels, or "sum".
     """
     labels = sample_labels(logits.detach(), uniforms)
-    return F.cross_entropy(_at_least_fp32(logits).flatten(0, -2), labels.flatten())
+    return F.cross_entropy(_at_least_fp32(logits).flatten(0, -2), labels.flatten(), reduction=reduction)
 
 
 @torch.no_grad()
 def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Labels (...) drawn from softmax(logits) (..., V) by inverting its cumulative distribution at `uniforms` (...)."""
-    labels = []
-    # 1,024 rows at a time: the probabilities of a whole micro-batch would be another copy of the logits, in fp32.
-    for rows, u in zip(logits.flatten(0, -2).split(1024), uniforms.flatten().split(1024), strict=True):
-        cumulative = _at_least_fp32(rows).softmax(-1).cumsum(-1)  # (rows, V)
-        # Rounding leaves the last entry near 1, not at 1: scale u, so that no draw falls beyond the last class.
-        u = u.to(cumulative.dtype).unsqueeze(-1) * cumulative[:, -1:]
-        labels.append(torch.searchsorted(cumulative, u, right=True).squeeze(-1))
-    return torch.cat(labels).clamp_(max=logits.shape[-1] - 1).view(uniforms.shape)
+    rows, u = logits.flatten(0, -2), uniforms.flatten()
+    if torch.compiler.is_compiling():  # the compiler's sums need no copy of the logits
+        return _sample_rows(rows, u).view(uniforms.shape)
+    # Eager operations would each make one, in fp32: 1,024 rows at a time.
+    pieces = zip(rows.split(1024), u.split(1024), strict=True)
+    return torch.cat([_sample_rows(*piece) for piece in pieces]).view(uniforms.shape)
+
+
+def _sample_rows(logits: Tensor, u: Tensor, block: int = 256) -> Tensor:
+    """Labels (N,) for logits (N, V) in two stages, so that the V probabilities are never written down, only summed.
+
+    u first falls into one of the blocks of 256 classes, and what is left of it then into a class of that block.
+    """
+    N, V = logits.shape
+    peak = _at_least_fp32(logits.amax(-1, keepdim=True))
+    n_blocks = -(-V // block)
+    padded = F.pad(logits, (0, n_blocks * block - V), value=-torch.inf).view(N, n_blocks, block)
+    cumulative = (_at_least_fp32(padded) - peak.unsqueeze(-1)).exp().sum(-1).cumsum(-1)  # (N, n_blocks)
+    chosen, u = _invert(cumulative, u.to(cumulative.dtype).unsqueeze(-1))
+    classes = chosen * block + torch.arange(block, device=logits.device)  # (N, block)
+    inside = _at_least_fp32(logits.gather(-1, classes.clamp(max=V - 1))) - peak
+    cumulative = inside.exp().masked_fill(classes >= V, 0).cumsum(-1)  # (N, block)
+    return (chosen * block + _invert(cumulative, u)[0]).squeeze(-1)
+
+
+def _invert(cumulative: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Into which part of cumulative (N, parts) u (N, 1) falls, and how far into it; u and the answer in [0, 1)."""
+    # Relative to the last entry, which rounding leaves near the true sum: so no draw falls beyond the last part.
+    u = u * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, u, right=True).clamp(max=cumulative.shape[-1] - 1)
+    upper = cumulative.gather(-1, index)
+    lower = torch.where(index > 0, cumulative.gather(-1, (index - 1).clamp(min=0)), 0)
+    return index, ((u - lower) / (upper - lower)).clamp(0, 1 - 2**-24)
 
 
 @torch.no_grad()

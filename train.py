@@ -45,10 +45,10 @@ from data.batches import (
 from errors import UserError, reason, run_main
 from files import locked
 from lion import Lion
-from model import GPT, flops_per_token, mean_loss, summed_loss, weight_decay_groups
+from model import GPT, flops_per_token, summed_loss, weight_decay_groups
 from place import Place, agree, catch_signals, find_place, leave, start_process_group
 from plan import check_divisible, hessian_micro_batch_size, print_plan
-from sophia import Sophia, SophiaG, SophiaH, gnb_estimate, hutchinson_estimate, sampled_label_loss
+from sophia import Sophia, SophiaG, SophiaH, hutchinson_estimate, sampled_label_loss
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,9 @@ def train(run: Run, progress: Progress, log: metrics.RunLog | None) -> int:
 def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Run:
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.manual_seed(config.train.seed)
-    model = GPT(config.model).to(place.device)  # initialised on the CPU: the same weights for every device
+    model = GPT(config.model, config.train.loss_chunk).to(
+        place.device
+    )  # initialised on the CPU: the same weights for every device
     forward: Any = torch.compile(model, dynamic=False) if config.train.compile else model
     parallel = forward
     if place.world_size > 1:
@@ -296,7 +298,7 @@ def make_step(run: Run, step: int) -> dict[str, Any]:
         estimated = metrics.timestamp(place.device)
 
     size, micro_size = config.train.batch_size, config.train.micro_batch_size
-    loss = accumulate_gradient(run, mean_loss, read_batch(run, step, size, micro_size), size // micro_size)
+    loss = accumulate_gradient(run, summed_loss, read_batch(run, step, size, micro_size), size // micro_size)
     if place.world_size > 1:
         dist.all_reduce(loss)
         loss /= place.world_size
@@ -304,7 +306,7 @@ def make_step(run: Run, step: int) -> dict[str, Any]:
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.train.grad_clip or math.inf)
     if not run.scaler.is_enabled():
         # A step whose loss or gradient is no number changes nothing; the device knows, and nobody waits to be told.
-        optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # type: ignore[attr-defined]
+        optimizer.found_inf = is_no_number(loss + grad_norm)  # type: ignore[attr-defined]
     run.scaler.step(optimizer)
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -346,7 +348,7 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager:
 def accumulate_gradient(
     run: Run, criterion: Callable[[Tensor, Tensor], Tensor], batches: Iterator[tuple[Tensor, Tensor]], count: int
 ) -> Tensor:
-    """Put into .grad the gradient of the criterion, averaged over the `count` micro-batches of all ranks together.
+    """Put into .grad the gradient of the criterion's mean over the tokens of the `count` micro-batches of all ranks.
 
     Returns this rank's mean of the criterion, still on the device. With fp16 the gradient carries the scaler's factor.
     """
@@ -357,39 +359,48 @@ def accumulate_gradient(
             # Read in forward: the ranks exchange gradients in the last backward alone.
             run.parallel.require_backward_grad_sync = index == mine
         with autocast(run.config, run.place.device):
-            loss = run.parallel(x, criterion, labels)
+            loss = run.parallel(x, criterion, labels) / labels.numel()
         run.scaler.scale(loss / mine).backward()
         losses.append(loss.detach())
     return torch.stack(losses).mean()
 
 
 def update_hessian(run: Run, optimizer: Sophia, step: int) -> None:
-    """Estimate the Hessian's diagonal on the first hessian_batch_size sequences of the step's batch, at its weights."""
+    """Estimate the Hessian's diagonal on the first hessian_batch_size sequences of the step's batch, at its weights.
+
+    An estimate that is no number, or overflowed in fp16, is left out: in the average it would stay for ever. All ranks
+    have the same estimate, so all decide the same; and it is decided on the device, nobody waits for it.
+    """
     config, place = run.config, run.place
     size = config.optimizer.hessian_batch_size
     assert size is not None  # the schema demands it
     micro_size = hessian_micro_batch_size(config, place.world_size)
     batches = read_batch(run, step, size, micro_size)
-    if isinstance(optimizer, SophiaH):
-        update_if_finite(optimizer, hutchinson(run, batches, size // micro_size, step))
-        return
-    uniforms = torch.from_numpy(label_uniforms(config.train.seed, step, size, config.model.block_size))
-    rows = rank_slices(size, micro_size, place.rank, place.world_size)
-    sampled = ((x, to_device(uniforms[r], place.device)) for (x, _), r in zip(batches, rows, strict=True))
-    accumulate_gradient(run, sampled_label_loss, sampled, size // micro_size)
-    if run.scaler.is_enabled():
-        torch._foreach_div_([p.grad for p in run.model.parameters() if p.grad is not None], run.scaler.get_scale())
-    update_if_finite(optimizer, gnb_estimate(run.model.parameters(), n_labels=size * config.model.block_size))
-    optimizer.zero_grad(set_to_none=True)
+    if isinstance(optimizer, SophiaG):
+        uniforms = torch.from_numpy(label_uniforms(config.train.seed, step, size, config.model.block_size))
+        rows = rank_slices(size, micro_size, place.rank, place.world_size)
+        sampled = ((x, to_device(uniforms[r], place.device)) for (x, _), r in zip(batches, rows, strict=True))
+        accumulate_gradient(run, summed_sampled_loss, sampled, size // micro_size)
+        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+        if run.scaler.is_enabled():
+            torch._foreach_div_(grads, run.scaler.get_scale())
+        n_labels = size * config.model.block_size
+        norm = nn.utils.get_total_norm(grads)
+        optimizer.update_hessian_from_grad(n_labels, found_inf=is_no_number(n_labels * norm.square()))
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        estimates = hutchinson(run, batches, size // micro_size, step)
+        norm = nn.utils.get_total_norm(list(estimates.values()))
+        optimizer.update_hessian(estimates, found_inf=is_no_number(norm))
 
 
-def update_if_finite(optimizer: Sophia, estimates: dict[Tensor, Tensor]) -> None:
-    """Leave an estimate out that is no number, or overflowed in fp16: in the average it would stay for ever.
+def summed_sampled_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
+    return sampled_label_loss(logits, uniforms, reduction="sum")
 
-    Waits for the device, once every hessian_interval steps. All ranks have the same estimate, so all decide the same.
-    """
-    if torch.isfinite(nn.utils.get_total_norm(estimates.values())):
-        optimizer.update_hessian(estimates)
+
+def is_no_number(value: Tensor) -> Tensor:
+    """1.0 where it is NaN or infinite, else 0.0, still on the device: what the optimizers take as `found_inf`."""
+    return (~torch.isfinite(value)).float()
 
 
 def hutchinson(run: Run, batches: Iterator[tuple[Tensor, Tensor]], count: int, step: int) -> dict[Tensor, Tensor]:
@@ -417,7 +428,9 @@ def hutchinson_micro_batch(
 ) -> dict[str, Tensor]:
     """u ⊙ Hu of one micro-batch; attention in plain operations, because the fused kernels have no second derivative."""
     with sdpa_kernel(SDPBackend.MATH):
-        return hutchinson_estimate(lambda p: functional_call(model, p, (x, mean_loss, y)), params, probes)
+        return hutchinson_estimate(
+            lambda p: summed_loss(functional_call(model, p, (x,)), y) / y.numel(), params, probes
+        )
 
 
 @functools.cache

@@ -227,7 +227,7 @@ def write_half_a_line(log: metrics.RunLog, records: list[dict[str, Any]]) -> Non
 
 PLACES: dict[str, Callable[[int], None]] = {
     "in a step": before(train, "accumulate_gradient"),
-    "in a validation": before(train, "summed_loss"),
+    "in a validation": before(train, "validation_windows"),
     "in a checkpoint's bytes": before(checkpoint.torch, "save", write_half_a_checkpoint),
     "before a file gets its name": before(files.os, "replace"),
     "between a checkpoint and the removal of older ones": before(checkpoint, "checkpoints"),

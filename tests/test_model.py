@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from config import ModelConfig, load_experiment
-from model import GPT, flops_per_token, mean_loss, num_parameters, summed_loss, weight_decay_groups
+from model import GPT, flops_per_token, num_parameters, summed_loss, weight_decay_groups
 from tests.conftest import ROOT
+from train import summed_sampled_loss
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=301)
 
@@ -73,10 +75,30 @@ def test_padding_rows_have_no_gradient_and_no_logit() -> None:
     model = GPT(SHAPE)
     assert model.wte.weight.shape[0] == 320
     tokens = torch.randint(301, (2, 32))
-    model(tokens, mean_loss, tokens).backward()
+    model(tokens, summed_loss, tokens).backward()
     assert model.wte.weight.grad is not None
     assert (model.wte.weight.grad[301:] == 0).all()
     assert (model.wte.weight.grad[:301] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "compiled"), [(summed_loss, False), (summed_sampled_loss, False), (summed_sampled_loss, True)]
+)
+def test_a_chunked_loss_and_its_gradient_are_the_same(criterion: Callable[..., Tensor], compiled: bool) -> None:
+    """Also where the last chunk is smaller than the others: 64 tokens by 24."""
+    torch.manual_seed(0)
+    whole, chunked = GPT(SHAPE).double(), GPT(SHAPE, loss_chunk=24).double()
+    chunked.load_state_dict(whole.state_dict())
+    tokens, labels = torch.randint(301, (2, 32)), torch.randint(301, (2, 32))
+    if criterion is summed_sampled_loss:
+        labels = torch.rand(2, 32, dtype=torch.float64)
+    expected = whole(tokens, criterion, labels)
+    loss = (torch.compile(chunked, dynamic=False) if compiled else chunked)(tokens, criterion, labels)
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    loss.backward()
+    for p, q in zip(whole.parameters(), chunked.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
 
 
 def test_only_the_linear_maps_decay() -> None:
@@ -109,6 +131,5 @@ def test_sizes_and_flops(name: str, millions: float, gflops: float) -> None:
 def test_losses_are_in_nats_and_leave_out_what_they_should() -> None:
     logits = torch.zeros(2, 3, 7)
     targets = torch.tensor([[0, 1, 2], [3, -1, -1]])
-    assert mean_loss(logits[:1], targets[:1]).item() == pytest.approx(math.log(7))
     assert summed_loss(logits, targets).item() == pytest.approx(4 * math.log(7))
-    assert mean_loss(logits.bfloat16(), targets.clamp(min=0)).dtype == torch.float32
+    assert summed_loss(logits.bfloat16(), targets).dtype == torch.float32

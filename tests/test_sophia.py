@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sophia
 from lion import Lion
-from model import GPT, mean_loss
+from model import GPT, summed_loss
 from sophia import (
     SophiaG,
     SophiaH,
@@ -92,10 +94,10 @@ def test_fast_paths_equal_the_reference(make: type, path: dict) -> None:
 
 def test_fused_path_compiles_once_whatever_lr_is(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounter()
-    counted = torch.compile(sophia._multi_tensor, backend=counter, fullgraph=True, dynamic=False)
-    monkeypatch.setattr(sophia, "_compiled_multi_tensor", lambda: counted)
+    compiled = functools.cache(functools.partial(torch.compile, backend=counter, fullgraph=True, dynamic=False))
+    monkeypatch.setattr(sophia, "_compiled", compiled)
     follow(SophiaG, 20, torch.float32, fused=True)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2  # the step, and the average of the estimates
 
 
 def test_before_the_first_estimate_it_is_sign_momentum() -> None:
@@ -182,6 +184,21 @@ def test_parameter_groups_have_their_own_settings_and_none_is_touched_without_gr
     assert torch.equal(frozen.detach(), torch.ones(4))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_hessian_from_grad_is_the_average_of_gnb_estimates_in_one_sweep(fused: bool) -> None:
+    parameters = make_parameters(dtype=torch.float64)
+    two_sweeps, one_sweep = (SophiaG(parameters, betas=(0.9, 0.8), fused=fused) for _ in range(2))
+    for scale in (1e-3, 1e-6, math.nan):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, dtype=p.dtype) * scale
+        found_inf = torch.tensor(float(math.isnan(scale)))
+        two_sweeps.update_hessian(gnb_estimate(parameters, n_labels=77), found_inf)
+        one_sweep.update_hessian_from_grad(77, found_inf)
+    for p in parameters:
+        assert (one_sweep.state[p]["hessian"] > 0).all()
+        torch.testing.assert_close(one_sweep.state[p]["hessian"], two_sweeps.state[p]["hessian"], rtol=1e-12, atol=0)
+
+
 def test_an_estimate_of_a_foreign_tensor_is_refused() -> None:
     optimizer = SophiaG(make_parameters(), lr=0.1)
     with pytest.raises(ValueError, match="no parameter of this optimizer"):
@@ -219,14 +236,24 @@ def test_released_parameterisation_converts_to_ours_and_back() -> None:
     torch.testing.assert_close(parameter.detach(), -0.3 * m.sign() * ratio)
 
 
-def test_sampled_labels_follow_the_softmax() -> None:
+@pytest.mark.parametrize("block", [3, 256])
+def test_sampled_labels_follow_the_softmax(block: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(7).mul(2)
     n = 200_000
-    labels = sample_labels(logits.expand(n, 7), torch.rand(n))
+    labels = sophia._sample_rows(logits.expand(n, 7), torch.rand(n), block)
     p = logits.double().softmax(-1)
     chi2 = ((labels.bincount(minlength=7) - n * p) ** 2 / (n * p)).sum().item()
     assert chi2 < 22.5  # the 0.999 quantile for 6 degrees of freedom
+
+
+def test_sampled_labels_invert_the_cumulative_distribution() -> None:
+    torch.manual_seed(0)
+    logits, uniforms = 3 * torch.randn(2000, 1000, dtype=torch.float64), torch.rand(2000, dtype=torch.float64)
+    expected = (logits.softmax(-1).cumsum(-1) <= uniforms.unsqueeze(-1)).sum(-1)
+    assert torch.equal(sample_labels(logits, uniforms), expected)
+    compiled = torch.compile(sample_labels, dynamic=False)(logits, uniforms)
+    assert torch.equal(compiled, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -283,7 +310,7 @@ def test_gnb_mean_equals_the_diagonal_of_the_exact_gauss_newton_matrix(tiny_gpt:
 def exact_hessian_diagonal(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     parameters = list(model.parameters())
     with sdpa_kernel(SDPBackend.MATH):
-        gradients = torch.autograd.grad(model(tokens, mean_loss, targets), parameters, create_graph=True)
+        gradients = torch.autograd.grad(model(tokens, summed_loss, targets) / 12, parameters, create_graph=True)
         entries = []
         for parameter, gradient in zip(parameters, gradients, strict=True):
             for index, entry in enumerate(gradient.flatten()):

@@ -159,7 +159,7 @@ def test_all_optimizers_see_the_same_tokens_and_begin_with_the_same_weights(
 
         def record(this, criterion, batches, count, run=run, original=original):
             batches = list(batches)
-            if criterion is train.mean_loss:
+            if criterion is train.summed_loss:
                 seen[run] += [x.numpy().copy() for x, _ in batches]
             return original(this, criterion, iter(batches), count)
 
@@ -305,7 +305,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], criterion: Callable
 def test_a_step_without_a_finite_loss_changes_nothing(
     run: str, value: float, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch, {5, 6}, train.mean_loss, value)
+    poison(monkeypatch, {5, 6}, train.summed_loss, value)
     make_step = train.make_step
     states: dict[int, list[torch.Tensor]] = {}
 
@@ -351,7 +351,7 @@ def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(
 def test_bad_steps_in_a_row_stop_the_run(
     experiment: Path, run_train: Runner, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch, set(range(7, 13)), train.mean_loss, math.nan)
+    poison(monkeypatch, set(range(7, 13)), train.summed_loss, math.nan)
     said = refuse(run_train, capsys, experiment, "--run=adamw", "--train.max_bad_steps=3")
     assert "no finite loss or gradient in 3 steps up to 9; none was applied" in said
     saved = checkpoint.load_newest(tmp_path / "out/tiny/adamw")
@@ -365,7 +365,7 @@ def test_an_estimate_that_is_no_number_is_left_out(
     run: str, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if run == "sophia-g":
-        poison(monkeypatch, {4}, train.sampled_label_loss, math.nan)
+        poison(monkeypatch, {4}, train.summed_sampled_loss, math.nan)
     else:
         estimate = train.hutchinson
 
