@@ -90,7 +90,7 @@ class OptimizerConfig(Section):
         None, gt=0, le=10**9, description="sophia: sequences an estimate over all ranks"
     )
     hessian_micro_batch_size: int | None = Field(
-        None, gt=0, description="sophia: most sequences a rank estimates on at once (default: micro_batch_size)"
+        None, gt=0, description="sophia: most sequences a rank estimates on at once (default: as fit)"
     )
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from config import Config
 from errors import UserError
-from model import activation_bytes, flops_per_token, num_parameters
+from model import activation_bytes, flops_per_token, hvp_bytes, num_parameters
 
 
 def check_divisible(config: Config, world_size: int) -> None:
@@ -33,10 +33,17 @@ def check_divisible(config: Config, world_size: int) -> None:
 
 
 def hessian_micro_batch_size(config: Config, world_size: int) -> int:
-    """Sequences a rank estimates on at once: the largest divisor of its share that the config allows."""
-    share = (config.optimizer.hessian_batch_size or 0) // world_size
-    most = config.optimizer.hessian_micro_batch_size or config.train.micro_batch_size
-    return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+    """Sequences a rank estimates on at once: the largest divisor of its share that the config allows.
+
+    Where it says nothing, as many as need no more memory than a micro-batch of training.
+    """
+    recipe, optimizer = config.train, config.optimizer
+    share = (optimizer.hessian_batch_size or 0) // world_size
+    most = optimizer.hessian_micro_batch_size or recipe.micro_batch_size
+    if optimizer.name == "sophia-h" and optimizer.hessian_micro_batch_size is None:
+        room = activation_bytes(config.model, recipe.dtype, recipe.micro_batch_size, recipe.loss_chunk)
+        most = min(most, room // hvp_bytes(config.model, recipe.dtype, recipe.compile))
+    return max(size for size in range(1, max(min(most, share), 1) + 1) if share % size == 0)
 
 
 def print_plan(config: Config, world_size: int, device: str) -> None:
@@ -45,7 +52,10 @@ def print_plan(config: Config, world_size: int, device: str) -> None:
     n = num_parameters(config.model)
     states = 1 if config.optimizer.name == "lion" else 2
     fixed = 4 * n * (2 + states) + (0 if recipe.dtype == "float32" else 2 * n)  # autocast copies the weights
-    activations = recipe.micro_batch_size * activation_bytes(config.model, recipe.dtype)
+    activations = activation_bytes(config.model, recipe.dtype, recipe.micro_batch_size, recipe.loss_chunk)
+    if config.optimizer.name == "sophia-h":
+        size = hessian_micro_batch_size(config, world_size)
+        activations = max(activations, size * hvp_bytes(config.model, recipe.dtype, recipe.compile))
     tokens = recipe.batch_size * config.model.block_size
     steps = f"{recipe.max_steps:,} steps, {recipe.max_steps * tokens / 1e9:.2f}B tokens"
     accumulation = recipe.batch_size // (recipe.micro_batch_size * world_size)

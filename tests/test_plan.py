@@ -1,0 +1,78 @@
+"""The memory rules of --dry-run against the tensors that really are alive, counted without computing anything."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from config import ModelConfig, load_experiment
+from model import GPT, activation_bytes, hvp_bytes, summed_loss
+from plan import hessian_micro_batch_size
+from tests.conftest import ROOT
+from train import hutchinson_micro_batch, summed_sampled_loss
+
+SHAPE = ModelConfig(n_layer=12, n_head=12, n_embd=768)  # GPT-2 small
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that operations made and nobody has dropped yet: now, and the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def peak_bytes(what: str, sequences: int, dtype: str, loss_chunk: int = 0) -> int:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = GPT(SHAPE, loss_chunk)
+        tokens = torch.randint(SHAPE.vocab_size, (sequences, SHAPE.block_size))
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        probes = {name: torch.randn_like(p) for name, p in params.items()}
+        uniforms = torch.rand(tokens.shape)
+        with PeakMemory() as memory, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            if what == "hvp":
+                hutchinson_micro_batch(model, params, probes, tokens, tokens)
+            elif what == "gnb":
+                model(tokens, summed_sampled_loss, uniforms).backward()
+            else:
+                model(tokens, summed_loss, tokens).backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_rules_hold_for_each_further_sequence(dtype: str) -> None:
+    step = peak_bytes("step", 3, dtype) - peak_bytes("step", 2, dtype)
+    assert step == pytest.approx(activation_bytes(SHAPE, dtype, 1), rel=0.3)
+    product = peak_bytes("hvp", 2, dtype) - peak_bytes("hvp", 1, dtype)
+    assert product == pytest.approx(hvp_bytes(SHAPE, dtype, compiled=False), rel=0.1)
+
+
+def test_estimates_need_no_more_memory_than_the_step() -> None:
+    """Gauss-Newton-Bartlett on the same micro-batch; Hutchinson on the largest that the rule lets fit."""
+    assert peak_bytes("gnb", 2, "bfloat16") <= peak_bytes("step", 2, "bfloat16")
+    config = load_experiment(ROOT / "configs/gpt2_125m.toml", "sophia-h", {"train.compile": "false"})
+    size = hessian_micro_batch_size(config, 8)
+    assert 1 < size < config.train.micro_batch_size
+    assert peak_bytes("hvp", size, "bfloat16") <= peak_bytes("step", config.train.micro_batch_size, "bfloat16")
+
+
+def test_a_chunked_loss_lets_more_than_half_as_many_sequences_again_fit() -> None:
+    step, chunked = (peak_bytes("step", 3, "bfloat16", c) - peak_bytes("step", 2, "bfloat16", c) for c in (0, 1024))
+    assert step / chunked > 1.5
