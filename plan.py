@@ -51,7 +51,8 @@ def print_plan(config: Config, world_size: int, device: str) -> None:
     recipe = config.train
     n = num_parameters(config.model)
     states = 1 if config.optimizer.name == "lion" else 2
-    fixed = 4 * n * (2 + states) + (0 if recipe.dtype == "float32" else 2 * n)  # autocast copies the weights
+    shares = world_size if recipe.shard_optimizer else 1
+    fixed = 4 * n * (2 + states / shares) + (0 if recipe.dtype == "float32" else 2 * n)  # autocast copies the weights
     activations = activation_bytes(config.model, recipe.dtype, recipe.micro_batch_size, recipe.loss_chunk)
     if config.optimizer.name == "sophia-h":
         size = hessian_micro_batch_size(config, world_size)

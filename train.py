@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 import checkpoint
 import metrics
+import optimizers
 from config import Config, parse_command_line
 from data.batches import (
     fingerprint,
@@ -44,11 +45,10 @@ from data.batches import (
 )
 from errors import UserError, reason, run_main
 from files import locked
-from lion import Lion
-from model import GPT, flops_per_token, summed_loss, weight_decay_groups
+from model import GPT, flops_per_token, summed_loss
 from place import Place, agree, catch_signals, find_place, leave, start_process_group
 from plan import check_divisible, hessian_micro_batch_size, print_plan
-from sophia import Sophia, SophiaG, SophiaH, hutchinson_estimate, sampled_label_loss
+from sophia import SophiaG, hutchinson_estimate, sampled_label_loss
 
 
 @dataclass(frozen=True)
@@ -165,21 +165,7 @@ def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Ru
         devices = [place.device.index] if place.device.type == "cuda" else None
         parallel = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(place.device.type, enabled=config.train.dtype == "float16")
-    return Run(config, place, tokens, model, forward, parallel, make_optimizer(config, model), scaler)
-
-
-def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    o = config.optimizer
-    groups = weight_decay_groups(model, o.weight_decay)
-    betas = (o.beta1, o.beta2)
-    if o.name == "lion":
-        return Lion(groups, lr=o.lr, betas=betas, fused=config.train.compile)
-    assert o.eps is not None  # the schema demands it
-    if o.name == "adamw":
-        return AdamW(groups, lr=o.lr, betas=betas, eps=o.eps, fused=True)
-    assert o.rho is not None
-    sophia = SophiaG if o.name == "sophia-g" else SophiaH
-    return sophia(groups, lr=o.lr, betas=betas, rho=o.rho, eps=o.eps, fused=config.train.compile)
+    return Run(config, place, tokens, model, forward, parallel, optimizers.make_optimizer(config, model), scaler)
 
 
 def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
@@ -196,12 +182,8 @@ def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
 
 
 def load_states(run: Run, saved: dict[str, Any]) -> None:
-    if len(saved["optimizer"]) != len(list(run.model.parameters())):
-        raise ValueError("the optimizer's state is not complete")
     run.model.load_state_dict(saved["model"])
-    # The state alone: hyperparameters, and which implementation computes the step, are the config's to say.
-    options = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": options})
+    optimizers.load_state(run.optimizer, run.model, saved["optimizer"])
     run.scaler.load_state_dict(saved["scaler"])
 
 
@@ -211,14 +193,15 @@ def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log
     Raises UserError after max_bad_steps in a row whose loss or gradient was no number.
     """
     losses, grad_norms = (torch.stack([step[key] for step in pending]).tolist() for key in ("loss", "grad_norm"))
-    tokens = run.config.train.batch_size * run.config.model.block_size
+    config = run.config
+    tokens = config.train.batch_size * config.model.block_size
     records = []
     for step, loss, grad_norm in zip(pending, losses, grad_norms, strict=True):
         bad = not math.isfinite(loss + grad_norm)
         progress.bad_steps = progress.bad_steps + 1 if bad else 0
         started, estimated, ended = step["timestamps"]
         record = {"step": step["step"], "loss": loss, "lr": step["lr"], "grad_norm": grad_norm}
-        record["clipped"] = 0 < run.config.train.grad_clip < grad_norm
+        record["clipped"] = 0 < config.train.grad_clip < grad_norm
         record["step_ms"] = metrics.milliseconds_between(estimated, ended)
         if estimated is not started:
             record["hessian_ms"] = metrics.milliseconds_between(started, estimated)
@@ -226,15 +209,15 @@ def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log
             record["skipped"] = True
         progress.seconds += (record["step_ms"] + record.get("hessian_ms", 0.0)) / 1000
         records.append(record | {"tokens": step["step"] * tokens, "seconds": progress.seconds})
+    statistics = optimizers.sophia_statistics(run.optimizer) if config.optimizer.is_sophia else {}
     if log:
-        flops = flops_per_token(run.config.model) * tokens if run.config.train.dtype != "float32" else None
+        flops = flops_per_token(config.model) * tokens if config.train.dtype != "float32" else None
         records[-1] |= metrics.throughput(records, tokens, flops, run.place.device, run.place.world_size)
-        if isinstance(run.optimizer, Sophia):
-            records[-1] |= {name: value.item() for name, value in run.optimizer.statistics().items()}
+        records[-1] |= statistics
         log.steps(records)
-    if progress.bad_steps >= run.config.train.max_bad_steps:
+    if progress.bad_steps >= config.train.max_bad_steps:
         raise UserError(
-            f"{run.config.run_dir}: no finite loss or gradient in {progress.bad_steps} steps up to {progress.step}; "
+            f"{config.run_dir}: no finite loss or gradient in {progress.bad_steps} steps up to {progress.step}; "
             f"none was applied, and no checkpoint has such weights. Begin again in another train.out_dir with a lower "
             f"optimizer.lr, a longer warm-up, float32, or (Sophia) a larger rho"
         )
@@ -276,11 +259,12 @@ def save(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
     """Write a checkpoint, after the log of all that it contains is safe on the disk."""
     if progress.validated_step == progress.step and progress.val_loss < progress.best_loss:
         progress.best_loss, progress.best_step = progress.val_loss, progress.step
+    optimizer_state = optimizers.gather_state(run.optimizer, run.model)
     if log:
         log.sync()
         state = {"config": run.config.model_dump(), "model": run.model.state_dict()}
         state["fingerprints"] = {split: fingerprint(tokens) for split, tokens in run.tokens.items()}
-        state |= {"optimizer": run.optimizer.state_dict()["state"], "scaler": run.scaler.state_dict()}
+        state |= {"optimizer": optimizer_state, "scaler": run.scaler.state_dict()}
         state |= asdict(progress)
         checkpoint.save(run.config.run_dir, state, run.config.train.keep_checkpoints)
 
@@ -293,8 +277,8 @@ def make_step(run: Run, step: int) -> dict[str, Any]:
         group["lr"] = lr
 
     estimated = started = metrics.timestamp(place.device)
-    if isinstance(optimizer, Sophia) and step % (config.optimizer.hessian_interval or 1) == 0:
-        update_hessian(run, optimizer, step)
+    if config.optimizer.is_sophia and step % (config.optimizer.hessian_interval or 1) == 0:
+        update_hessian(run, step)
         estimated = metrics.timestamp(place.device)
 
     size, micro_size = config.train.batch_size, config.train.micro_batch_size
@@ -306,7 +290,7 @@ def make_step(run: Run, step: int) -> dict[str, Any]:
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.train.grad_clip or math.inf)
     if not run.scaler.is_enabled():
         # A step whose loss or gradient is no number changes nothing; the device knows, and nobody waits to be told.
-        optimizer.found_inf = is_no_number(loss + grad_norm)  # type: ignore[attr-defined]
+        optimizers.local(optimizer).found_inf = is_no_number(loss + grad_norm)
     run.scaler.step(optimizer)
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -365,7 +349,7 @@ def accumulate_gradient(
     return torch.stack(losses).mean()
 
 
-def update_hessian(run: Run, optimizer: Sophia, step: int) -> None:
+def update_hessian(run: Run, step: int) -> None:
     """Estimate the Hessian's diagonal on the first hessian_batch_size sequences of the step's batch, at its weights.
 
     An estimate that is no number, or overflowed in fp16, is left out: in the average it would stay for ever. All ranks
@@ -376,6 +360,7 @@ def update_hessian(run: Run, optimizer: Sophia, step: int) -> None:
     assert size is not None  # the schema demands it
     micro_size = hessian_micro_batch_size(config, place.world_size)
     batches = read_batch(run, step, size, micro_size)
+    optimizer = optimizers.local(run.optimizer)
     if isinstance(optimizer, SophiaG):
         uniforms = torch.from_numpy(label_uniforms(config.train.seed, step, size, config.model.block_size))
         rows = rank_slices(size, micro_size, place.rank, place.world_size)
@@ -387,11 +372,12 @@ def update_hessian(run: Run, optimizer: Sophia, step: int) -> None:
         n_labels = size * config.model.block_size
         norm = nn.utils.get_total_norm(grads)
         optimizer.update_hessian_from_grad(n_labels, found_inf=is_no_number(n_labels * norm.square()))
-        optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
     else:
         estimates = hutchinson(run, batches, size // micro_size, step)
         norm = nn.utils.get_total_norm(list(estimates.values()))
-        optimizer.update_hessian(estimates, found_inf=is_no_number(norm))
+        mine = {p: estimates[p] for group in optimizer.param_groups for p in group["params"]}
+        optimizer.update_hessian(mine, found_inf=is_no_number(norm))
 
 
 def summed_sampled_loss(logits: Tensor, uniforms: Tensor) -> Tensor:

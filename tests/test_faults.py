@@ -60,22 +60,26 @@ def test_torchrun_brings_a_killed_rank_back_by_itself(experiment: Path, run_trai
 
 
 @pytest.mark.parametrize(
-    "run", [*(pytest.param(run, marks=pytest.mark.slow) for run in OPTIMIZERS[:2]), *OPTIMIZERS[2:]]
+    "run", ["adamw", "sophia-g", *(pytest.param(run, marks=pytest.mark.slow) for run in ("lion", "sophia-h"))]
 )
 def test_a_run_that_moves_to_two_ranks_and_back_follows_the_same_losses(
     run: str, experiment: Path, tmp_path: Path
 ) -> None:
-    """In float64 to 1e-9: sums in another order round differently, and 12 steps amplify 1e-16 to less than that."""
+    """In float64 to 1e-9: sums in another order round differently, and 12 steps amplify 1e-16 to less than that.
+
+    The two ranks share the optimizer's state out between them, the one before and after has all of it.
+    """
     driver = [sys.executable, str(ROOT / "tests/float64_train.py"), str(experiment), f"--run={run}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([*driver, f"--train.out_dir={tmp_path / 'whole'}"], check=True, env=environment)
     assert subprocess.run(driver, env=environment | {"STOP_AFTER": "4"}).returncode == 128 + signal.SIGTERM
     os.environ["STOP_AFTER"] = "8"
-    moved = torchrun(2, experiment, f"--run={run}", "--train.micro_batch_size=2", "--resume", script=driver[1])
+    two = ["--train.micro_batch_size=2", "--train.shard_optimizer=true", "--resume"]
+    moved = torchrun(2, experiment, f"--run={run}", *two, script=driver[1])
     del os.environ["STOP_AFTER"]
     assert "stopped by a signal after step 8" in moved.stdout, moved.stderr
     subprocess.run([*driver, "--train.micro_batch_size=4", "--resume"], check=True, env=environment)
-    for key in ("loss", "val_loss"):
+    for key in ("loss", "val_loss", *(("unclipped", "hessian_norm") if run == "sophia-g" else ())):
         found, expected = (dict(read_lines(tmp_path / name / "tiny" / run, key)) for name in ("out", "whole"))
         assert found == pytest.approx(expected, rel=1e-9)
 
