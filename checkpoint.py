@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from config import FREE_KEYS, KEYS, Config
-from data.batches import fingerprint
+from data.token_files import fingerprint
 from errors import UserError, reason
 from files import whole_file
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 
 from config import Config
@@ -30,20 +29,22 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     options |= {key: value for key in ("eps", "rho") if (value := getattr(o, key)) is not None}
     groups = weight_decay_groups(model, o.weight_decay)
     if config.train.shard_optimizer and dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # here: it takes a second to import
+
         return ZeroRedundancyOptimizer(groups, optimizer_class=CLASSES[o.name], **options)
     return CLASSES[o.name](groups, **options)
 
 
 def local(optimizer: Optimizer) -> Any:
     """The optimizer that holds this rank's state: itself, or the one of its share."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    return getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's name for it
 
 
 def gather_state(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """{parameter's name: its state}, complete on rank 0. Where it is shared out, all ranks have to call it."""
     state = local(optimizer).state
     own = {name: state[p] for name, p in model.named_parameters() if p in state}
-    if not isinstance(optimizer, ZeroRedundancyOptimizer):
+    if local(optimizer) is optimizer:
         return own
     on_cpu = {name: {key: value.cpu() for key, value in tensors.items()} for name, tensors in own.items()}
     shares: list[Any] = [None] * dist.get_world_size()
@@ -72,7 +73,7 @@ def sophia_statistics(optimizer: Optimizer) -> dict[str, float]:
     """:meth:`Sophia.statistics` of all parameters. Where the state is shared out, all ranks have to call it."""
     own: Sophia = local(optimizer)
     statistics = own.statistics()
-    if not isinstance(optimizer, ZeroRedundancyOptimizer):
+    if local(optimizer) is optimizer:
         return {name: value.item() for name, value in statistics.items()}
     count = sum(p.numel() for p in own.state)
     statistics["hessian_norm"] = statistics["hessian_norm"].square() / count

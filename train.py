@@ -34,15 +34,14 @@ import metrics
 import optimizers
 from config import Config, parse_command_line
 from data.batches import (
-    fingerprint,
     label_uniforms,
-    open_tokens,
     probe_seed,
     rank_slices,
     read_windows,
     validation_windows,
     window_offsets,
 )
+from data.token_files import fingerprint, open_tokens
 from errors import UserError, reason, run_main
 from files import locked
 from model import GPT, flops_per_token, summed_loss

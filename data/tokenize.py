@@ -1,7 +1,7 @@
 """Documents → train.bin, val.bin, meta.json.
 
 The files are nanoGPT's: uint16 tokens, document after document, each ended by the end-of-text token. Tokens go straight
-to disk in the order of the documents, whatever the number of worker processes. After each shard progress.json records
+to disk in the order of the documents, whatever the number of workers. After each shard progress.json records
 how far the two files are whole, and a run that was killed continues from there. The files carry the suffix .partial
 until all of them are complete, and meta.json comes last.
 """
@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.batches import fingerprint, read_meta
+from data.token_files import fingerprint, read_meta
 from errors import UserError, reason
 from files import locked, whole_file
 
 SPLITS = ("train", "val")
-DOCUMENTS_A_TASK = 256  # a worker's unit of work: some hundred kilobytes of text
+DOCUMENTS_A_TASK = 64  # a worker's unit of work: some hundred kilobytes of text
 COMMIT_TOKENS = 10_000_000  # write progress.json once this many tokens are new
 
 # The two files of GPT-2's encoding as a pip package carries them, with the sha256 that tiktoken checks, and the address
@@ -49,11 +49,11 @@ GPT2_SHA256 = {
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """encode: text → token ids without the end-of-text token. decode: ids → text."""
+    """encode: text → token ids without the end-of-text token, an integer array. decode: ids → text."""
 
     vocab_size: int
     end_of_text: int
-    encode: Callable[[str], Any]
+    encode: Callable[[str], np.ndarray]
     decode: Callable[[list[int]], str]
 
 
@@ -62,9 +62,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     """`gpt2`: GPT-2's byte-pair encoding. `bytes`: UTF-8 bytes 0 to 255, and 256 for end of text."""
     if name == "gpt2":
         encoding = _gpt2_encoding()
-        return Tokenizer(encoding.n_vocab, encoding.eot_token, encoding.encode_ordinary, encoding.decode)
+        # No text is special, not even one that spells <|endoftext|>.
+        encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
+        return Tokenizer(encoding.n_vocab, encoding.eot_token, encode, encoding.decode)
     if name == "bytes":
-        return Tokenizer(257, 256, lambda text: list(text.encode()), _decode_bytes)
+        return Tokenizer(257, 256, lambda text: np.frombuffer(text.encode(), np.uint8), _decode_bytes)
     raise UserError(f"unknown tokenizer {name!r}; known are gpt2 and bytes")
 
 
@@ -290,14 +292,16 @@ def _encode_in_order(
 def _encode(tokenizer: str, texts: list[str]) -> tuple[np.ndarray, list[int]]:
     """The tokens of all the texts end to end, each closed by end-of-text, and how many belong to each text."""
     loaded = load_tokenizer(tokenizer)  # once a process
-    tokens: list[int] = []
-    lengths = []
+    end = np.array([loaded.end_of_text], "<u2")
+    pieces = []
     for text in texts:
-        before = len(tokens)
-        tokens.extend(loaded.encode(text))
-        tokens.append(loaded.end_of_text)
-        lengths.append(len(tokens) - before)
-    return np.array(tokens, dtype="<u2"), lengths
+        try:
+            pieces += [loaded.encode(text), end]
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+            valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            pieces += [loaded.encode(valid), end]
+    lengths = [len(pieces[i]) + 1 for i in range(0, len(pieces), 2)]
+    return np.concatenate(pieces, dtype="<u2", casting="unsafe"), lengths
 
 
 def _append(files: dict[str, Any], tokens: np.ndarray, lengths: list[int], held_out: set[int], progress: dict) -> None:

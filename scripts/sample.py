@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint
 from config import Config
-from data.batches import read_meta
+from data.token_files import read_meta
 from data.tokenize import load_tokenizer
 from errors import UserError, number, reason, run_main
 from model import GPT
@@ -47,7 +47,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
 
-    prompt = tokenizer.encode(arguments.prompt.encode(errors="replace").decode()) or [tokenizer.end_of_text]
+    prompt = tokenizer.encode(arguments.prompt.encode(errors="replace").decode()).tolist() or [tokenizer.end_of_text]
     generator = torch.Generator(device).manual_seed(arguments.seed)
     tokens = torch.tensor([prompt], device=device)
     tokens = generate(model, tokens, arguments.tokens, arguments.temperature, arguments.top_k, generator)

@@ -9,13 +9,13 @@ import torch
 
 from data.batches import (
     label_uniforms,
-    open_tokens,
     probe_seed,
     rank_slices,
     read_windows,
     validation_windows,
     window_offsets,
 )
+from data.token_files import open_tokens
 from errors import UserError
 
 

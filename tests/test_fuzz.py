@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 from config import KEYS, Config, parse_command_line
-from data.batches import open_tokens
+from data.token_files import open_tokens
 from errors import UserError
 from metrics import read_metrics
 from tests.conftest import TINY
