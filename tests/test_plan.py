@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from config import ModelConfig, load_experiment
 from model import GPT, activation_bytes, hvp_bytes, summed_loss
 from plan import hessian_micro_batch_size
+from scripts.bench import PeakMemory
 from tests.conftest import ROOT
 from train import hutchinson_micro_batch, summed_sampled_loss
 
 SHAPE = ModelConfig(n_layer=12, n_head=12, n_embd=768)  # GPT-2 small
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operations made and nobody has dropped yet: now, and the most so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, storage._cdata)
-                self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 def peak_bytes(what: str, sequences: int, dtype: str, loss_chunk: int = 0) -> int:
