@@ -34,7 +34,7 @@ from errors import UserError, reason
 from files import locked, whole_file
 
 SPLITS = ("train", "val")
-DOCUMENTS_A_TASK = 64  # a worker's unit of work: some hundred kilobytes of text
+DOCUMENTS_A_TASK = 256  # a worker's unit of work: some megabytes of text
 COMMIT_TOKENS = 10_000_000  # write progress.json once this many tokens are new
 
 # The two files of GPT-2's encoding as a pip package carries them, with the sha256 that tiktoken checks, and the address
