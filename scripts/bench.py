@@ -47,7 +47,7 @@ from config import Config, ModelConfig, load_experiment
 from data.batches import read_windows, window_offsets
 from errors import UserError, number, run_main
 from lion import Lion
-from model import GPT, flops_per_token, num_parameters, summed_loss
+from model import GPT, activation_bytes, flops_per_token, num_parameters, summed_loss
 from optimizers import make_optimizer
 from place import Place, leave, start_process_group
 from scripts import nanogpt_recipe
@@ -115,7 +115,7 @@ def measurements(
             yield "trainer quickstart", partial(quickstart_trainer, data, device)
         elif part == "trainer":
             for size in sizes:
-                yield f"trainer {size}", partial(gpu_trainer, size, data, device)
+                yield f"trainer {size}", partial(gpu_trainer, size, arguments.micro, data, device)
         elif part == "estimates":
             for size in sizes if cuda else ["quickstart"]:
                 for run in ("sophia-g", "sophia-h"):
@@ -251,15 +251,14 @@ def quickstart_trainer(data: Path, device: torch.device) -> Iterator[Row]:
         yield Row("trainer", f"quickstart: {name}", rate, "tokens/s", "the better reference", best / value, goal)
 
 
-def gpu_trainer(size: str, data: Path, device: torch.device) -> Iterator[Row]:
-    """Tokens/s, MFU and peak memory at several micro-batches; from the last two, what would fit smaller cards."""
+def gpu_trainer(size: str, micros: list[int] | None, data: Path, device: torch.device) -> Iterator[Row]:
+    """Tokens/s, MFU and peak memory; by the last, the largest micro-batch that would fit smaller cards."""
     shape = shape_of(size)
-    peak = metrics.peak_tflops(device)
+    flops, peak = flops_per_token(shape), metrics.peak_tflops(device)
     best: dict[str, float] = {}
-    fits: dict[str, list[float]] = {}
+    fits: dict[tuple[str, int], float] = {}
     for name, chunk in (("reference", None), ("train.py", 0), ("train.py, loss_chunk 8192", 8192)):
-        memory = {}
-        for micro in {"30m": (60, 120), "125m": (30, 60), "355m": (15, 30), "770m": (10, 20)}[size]:
+        for micro in micros or [largest_micro_batch(shape, device)]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             torch._dynamo.reset()
@@ -269,28 +268,32 @@ def gpu_trainer(size: str, data: Path, device: torch.device) -> Iterator[Row]:
                 else:
                     keys = {"train.batch_size": GPU_BATCH, "train.micro_batch_size": micro, "train.loss_chunk": chunk}
                     step = stepper(build(configure(size, "adamw", data, device, **keys), Place(0, 1, device)))
-                seconds = medians({name: step}, device)[name]
+                rate = GPU_BATCH * shape.block_size / medians({name: step}, device)[name]
             except torch.OutOfMemoryError:
                 continue
-            memory[micro] = torch.cuda.max_memory_allocated()
-            rate = GPU_BATCH * shape.block_size / seconds
-            mfu = f"{rate * flops_per_token(shape) / peak / 1e12:.1%}" if peak else "unknown"
-            what = f"{size}: {name}, micro-batch {micro}, {memory[micro] / 1e9:.1f} GB, MFU {mfu}"
-            best[name] = max(best.get(name, 0), rate)
+            memory = torch.cuda.max_memory_allocated()
             del step
-            yield Row("trainer", what, rate, "tokens/s")
-        if len(memory) == 2:
-            (few, low), (many, high) = memory.items()
-            slope = (high - low) / (many - few)
-            fits[name] = [max(0, (budget * 0.95e9 - low) / slope + few) for budget in (24, 40)]
-    for name, rate in best.items():
-        ratio = rate / best["reference"]
-        goal = "≥ 1.15" if name == "train.py" else ""
-        yield Row("trainer", f"{size}: {name}, best", rate, "tokens/s", "reference", ratio, goal)
-    for name, (in_24, in_40) in fits.items():
-        for budget, fit, reference in zip((24, 40), (in_24, in_40), fits["reference"], strict=True):
-            ratio = fit / reference if reference else math.nan
-            yield Row("memory", f"{size}: {name} in {budget} GB", fit, "sequences", "reference", ratio, "≥ 1.5")
+            for budget in (24, 40):  # beside weights, gradients, two states and the weights' bf16 copies
+                fixed = 18 * num_parameters(shape)
+                fits[name, budget] = (0.95e9 * budget - fixed) // ((memory - fixed) / micro)
+            best[name] = max(best.get(name, 0), rate)
+            mfu = f"{rate * flops / peak / 1e12:.1%}" if peak else "unknown"
+            what = f"{size}: {name}, micro-batch {micro}, {memory / 1e9:.1f} GB, MFU {mfu}"
+            goal = "≥ 1.15" if name == "train.py" else ""
+            yield Row(
+                "trainer", what, rate, "tokens/s", "reference's best", rate / best.get("reference", math.nan), goal
+            )
+    for (name, budget), fit in fits.items():
+        ratio = fit / (fits.get(("reference", budget)) or math.nan)
+        goal = "≥ 1.5" if "chunk" in name else ""
+        yield Row("memory", f"{size}: {name} in {budget} GB", fit, "sequences", "reference", ratio, goal)
+
+
+def largest_micro_batch(shape: ModelConfig, device: torch.device) -> int:
+    """The largest divisor of GPU_BATCH that the rule of thumb lets fit two thirds of the device's memory."""
+    room = 2 / 3 * torch.cuda.mem_get_info(device)[1] - 18 * num_parameters(shape)
+    fit = max(int(room / activation_bytes(shape, "bfloat16", 1)), 1)
+    return max(micro for micro in range(1, min(fit, GPU_BATCH) + 1) if GPU_BATCH % micro == 0)
 
 
 def estimates(size: str, run_name: str, data: Path, device: torch.device) -> Iterator[Row]:
@@ -302,7 +305,7 @@ def estimates(size: str, run_name: str, data: Path, device: torch.device) -> Ite
     batch = GPU_BATCH if device.type == "cuda" else 30
     sequences = batch // 2 if run_name == "sophia-g" else batch // 15
     keys = {"train.batch_size": batch, "train.compile": True, "optimizer.hessian_batch_size": sequences}
-    keys["train.micro_batch_size"] = {"quickstart": 30, "30m": 60, "125m": 30, "355m": 15, "770m": 10}[size]
+    keys["train.micro_batch_size"] = largest_micro_batch(shape_of(size), device) if device.type == "cuda" else batch
     run = build(configure(size, run_name, data, device, **keys), Place(0, 1, device))
     seconds = medians({"step": stepper(run), "Hessian": lambda: train.update_hessian(run, 0)}, device, 2 * SECONDS)
     added = seconds["Hessian"] / 10 / seconds["step"]
