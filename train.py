@@ -154,9 +154,8 @@ def train(run: Run, progress: Progress, log: metrics.RunLog | None) -> int:
 def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Run:
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.manual_seed(config.train.seed)
-    model = GPT(config.model, config.train.loss_chunk).to(
-        place.device
-    )  # initialised on the CPU: the same weights for every device
+    # Initialised on the CPU: the same weights for every device.
+    model = GPT(config.model, config.train.loss_chunk).to(place.device)
     forward: Any = torch.compile(model, dynamic=False) if config.train.compile else model
     parallel = forward
     if place.world_size > 1:

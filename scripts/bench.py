@@ -117,7 +117,7 @@ def measurements(
             for size in sizes:
                 yield f"trainer {size}", partial(gpu_trainer, size, arguments.micro, data, device)
         elif part == "estimates":
-            for size in sizes if cuda else ["quickstart"]:
+            for size in arguments.sizes or ["125m"] if cuda else ["quickstart"]:
                 for run in ("sophia-g", "sophia-h"):
                     yield f"estimates {size} {run}", partial(estimates, size, run, data, device)
         elif part == "memory" and not cuda:
@@ -466,7 +466,7 @@ def report(rows: list[Row], left_out: list[str], place: Place, path: Path | None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parts = ["optimizer", "trainer", "memory", "estimates", "data", "start", "prepare", "ddp"]
+    parts = ["optimizer", "estimates", "data", "start", "memory", "trainer", "prepare", "ddp"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=f"of {', '.join(parts)}"

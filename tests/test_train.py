@@ -136,13 +136,14 @@ def assert_same_state(one: dict, other: dict) -> None:
 
 
 @pytest.mark.parametrize("run", OPTIMIZERS)
-def test_a_step_and_its_estimate_are_the_same_for_any_micro_batch_and_two_ranks(
+def test_a_step_and_its_estimate_are_the_same_for_any_micro_batch_and_loss_chunk_and_two_ranks(
     run: str, experiment: Path, run_train: Runner, tmp_path: Path, float64: None
 ) -> None:
     whole = one_step(run_train, experiment, run, tmp_path / "whole")
     parts = one_step(run_train, experiment, run, tmp_path / "parts", "--train.micro_batch_size=2")
     assert_same_state(whole, parts)
     arguments = ["--train.max_steps=1", "--train.micro_batch_size=2", f"--train.out_dir={tmp_path / 'ranks'}"]
+    arguments += ["--train.loss_chunk=24"]  # of the 32 tokens of a micro-batch
     done = torchrun(2, experiment, f"--run={run}", *arguments, script="tests/float64_train.py")
     assert done.returncode == 0, done.stderr
     saved = checkpoint.load_newest(tmp_path / "ranks/tiny" / run)
@@ -152,6 +153,13 @@ def test_a_step_and_its_estimate_are_the_same_for_any_micro_batch_and_two_ranks(
         for key in ("loss", "val_loss"):
             ours, reference = (dict(read_lines(tmp_path / name / "tiny" / run, key)) for name in (folder, "whole"))
             assert ours == pytest.approx(reference, rel=1e-12)
+
+
+def test_what_a_run_does_not_use_is_not_imported() -> None:
+    unused = {"wandb", "datasets", "matplotlib", "pyarrow", "torch.distributed.optim"}
+    code = f"import sys, train; print(*{unused} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_all_optimizers_see_the_same_tokens_and_begin_with_the_same_weights(
