@@ -339,6 +339,7 @@ def test_hutchinson_mean_equals_the_exact_hessian_diagonal(tiny_gpt: GPT) -> Non
     assert_unbiased(standard_scores(estimate, 1200, exact), largest=6)
 
 
+@pytest.mark.slow  # the short tests have a compiled run of Sophia-H, which follows the eager one
 def test_compiled_hessian_vector_product_equals_the_eager_one(tiny_gpt: GPT) -> None:
     model = tiny_gpt.float()
     tokens, targets = torch.randint(11, (2, 2, 6), generator=torch.Generator().manual_seed(1))

@@ -217,7 +217,7 @@ def test_compiled_training_follows_the_eager_losses_and_compiles_each_graph_once
     run: str, graphs: int, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seven graphs: training, validation, the estimate, and for both parameter groups the step and h's average."""
-    run_train(experiment, f"--run={run}", f"--train.out_dir={tmp_path / 'eager'}")
+    run_train(experiment, f"--run={run}", "--model.n_layer=1", f"--train.out_dir={tmp_path / 'eager'}")
     for cached in (train.compiled, sophia._compiled):
         cached.cache_clear()
     torch._dynamo.reset()
@@ -230,7 +230,7 @@ def test_compiled_training_follows_the_eager_losses_and_compiles_each_graph_once
         return done
 
     monkeypatch.setattr(train, "make_step", count)
-    run_train(experiment, f"--run={run}", "--train.compile=true")
+    run_train(experiment, f"--run={run}", "--model.n_layer=1", "--train.compile=true")
     assert counts == [graphs] * 12  # all in the first step, although lr is another one in each
     eager = dict(read_lines(tmp_path / "eager/tiny" / run, "loss"))
     assert dict(read_lines(tmp_path / "out/tiny" / run, "loss")) == pytest.approx(eager, rel=1e-4)
