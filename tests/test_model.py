@@ -82,7 +82,12 @@ def test_padding_rows_have_no_gradient_and_no_logit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("criterion", "compiled"), [(summed_loss, False), (summed_sampled_loss, False), (summed_sampled_loss, True)]
+    ("criterion", "compiled"),
+    [
+        (summed_loss, False),
+        (summed_sampled_loss, False),
+        pytest.param(summed_sampled_loss, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_chunked_loss_and_its_gradient_are_the_same(criterion: Callable[..., Tensor], compiled: bool) -> None:
     """Also where the last chunk is smaller than the others: 64 tokens by 24."""
