@@ -60,7 +60,9 @@ class TrainConfig(Section):
     )
     micro_batch_size: int = Field(12, gt=0, le=1_000_000, description="sequences a rank processes at once")
     warmup_steps: int = Field(2000, ge=0, le=10**9, description="steps of linear warm-up")
-    loss_chunk: int = Field(0, ge=0, description="tokens whose logits are in memory at once; 0: a micro-batch's")
+    loss_chunk: int = Field(
+        0, ge=0, le=10**9, description="tokens whose logits are in memory at once; 0: a micro-batch's"
+    )
     shard_optimizer: bool = Field(False, description="each rank keeps a share of the optimizer's state (ZeRO-1)")
     final_lr_ratio: float = Field(0.05, ge=0, le=1, description="last learning rate / peak, by a cosine")
     grad_clip: float = Field(1.0, ge=0, description="clip the gradient's global norm here; 0 is off")

@@ -72,12 +72,13 @@ def load_state(optimizer: Optimizer, model: nn.Module, saved: dict[str, dict[str
 def sophia_statistics(optimizer: Optimizer) -> dict[str, float]:
     """:meth:`Sophia.statistics` of all parameters. Where the state is shared out, all ranks have to call it."""
     own: Sophia = local(optimizer)
-    statistics = own.statistics()
-    if local(optimizer) is optimizer:
-        return {name: value.item() for name, value in statistics.items()}
-    count = sum(p.numel() for p in own.state)
-    statistics["hessian_norm"] = statistics["hessian_norm"].square() / count
-    sums = torch.tensor([*(count * value.item() for value in statistics.values()), count], dtype=torch.float64)
+    if own is optimizer:
+        return {name: value.item() for name, value in own.statistics().items()}
+    sums = torch.zeros(4, dtype=torch.float64)
+    if own.state:  # with more ranks than parameters, some have none
+        count = sum(p.numel() for p in own.state)
+        unclipped, norm, negative = (value.item() for value in own.statistics().values())
+        sums += torch.tensor([count * unclipped, norm**2, count * negative, count], dtype=torch.float64)
     dist.all_reduce(sums)
-    means = dict(zip(statistics, (sums[:-1] / sums[-1]).tolist(), strict=True))
-    return means | {"hessian_norm": (means["hessian_norm"] * sums[-1].item()) ** 0.5}
+    unclipped, squares, negative, count = sums.tolist()
+    return {"unclipped": unclipped / count, "hessian_norm": squares**0.5, "hessian_negative": negative / count}

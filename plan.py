@@ -8,6 +8,9 @@ from config import Config
 from errors import UserError
 from model import activation_bytes, flops_per_token, hvp_bytes, num_parameters
 
+# A parameter's probe, product and estimate in fp32, less the gradient that a training step would have.
+PROBE_BYTES = 8
+
 
 def check_divisible(config: Config, world_size: int) -> None:
     """Refuse a batch that ranks and micro-batches do not divide, naming the nearest numbers that work."""
@@ -35,15 +38,21 @@ def check_divisible(config: Config, world_size: int) -> None:
 def hessian_micro_batch_size(config: Config, world_size: int) -> int:
     """Sequences a rank estimates on at once: the largest divisor of its share that the config allows.
 
-    Where it says nothing, as many as need no more memory than a micro-batch of training.
+    Where it says nothing, as many as need no more memory than a micro-batch of training, but at least one.
     """
     recipe, optimizer = config.train, config.optimizer
     share = (optimizer.hessian_batch_size or 0) // world_size
     most = optimizer.hessian_micro_batch_size or recipe.micro_batch_size
     if optimizer.name == "sophia-h" and optimizer.hessian_micro_batch_size is None:
         room = activation_bytes(config.model, recipe.dtype, recipe.micro_batch_size, recipe.loss_chunk)
-        most = min(most, room // hvp_bytes(config.model, recipe.dtype, recipe.compile))
+        most = min(most, (room - PROBE_BYTES * num_parameters(config.model)) // hvp_memory(config))
     return max(size for size in range(1, max(min(most, share), 1) + 1) if share % size == 0)
+
+
+def hvp_memory(config: Config) -> int:
+    """Of the Hessian-vector product of a sequence, which float16 is too narrow for."""
+    dtype = "float32" if config.train.dtype == "float16" else config.train.dtype
+    return hvp_bytes(config.model, dtype, config.train.compile)
 
 
 def print_plan(config: Config, world_size: int, device: str) -> None:
@@ -56,7 +65,7 @@ def print_plan(config: Config, world_size: int, device: str) -> None:
     activations = activation_bytes(config.model, recipe.dtype, recipe.micro_batch_size, recipe.loss_chunk)
     if config.optimizer.name == "sophia-h":
         size = hessian_micro_batch_size(config, world_size)
-        activations = max(activations, size * hvp_bytes(config.model, recipe.dtype, recipe.compile))
+        activations = max(activations, PROBE_BYTES * n + size * hvp_memory(config))
     tokens = recipe.batch_size * config.model.block_size
     steps = f"{recipe.max_steps:,} steps, {recipe.max_steps * tokens / 1e9:.2f}B tokens"
     accumulation = recipe.batch_size // (recipe.micro_batch_size * world_size)

@@ -334,7 +334,8 @@ def _sample_rows(logits: Tensor, u: Tensor, block: int = 256) -> Tensor:
     classes = chosen * block + torch.arange(block, device=logits.device)  # (N, block)
     inside = _at_least_fp32(logits.gather(-1, classes.clamp(max=V - 1))) - peak
     cumulative = inside.exp().masked_fill(classes >= V, 0).cumsum(-1)  # (N, block)
-    return (chosen * block + _invert(cumulative, u)[0]).squeeze(-1)
+    # Logits that are no numbers leave no order to search in; any label will do then, but it must be one.
+    return (chosen * block + _invert(cumulative, u)[0]).squeeze(-1).clamp(max=V - 1)
 
 
 def _invert(cumulative: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,19 +5,19 @@
     python scripts/bench.py --parts prepare --files 'books/*.parquet'
     torchrun --standalone --nproc_per_node=2 -- scripts/bench.py --parts ddp
 
-Parts: optimizer (a step of AdamW, Lion, Sophia; the average of estimates), trainer (tokens/s and memory against the
-loop in nanogpt_recipe.py), memory (counted, without a GPU), estimates (T(step), T(Hessian)), data, start, prepare (with
---files), ddp (under torchrun). Competitors take turns, so that a machine whose speed drifts does not favour one; the
-median counts. A table goes to the screen, and device, versions, commit and all numbers to a JSON file. What the time
-limit leaves no room for is named, not guessed.
+Parts: optimizer (a step of AdamW, Lion, Sophia; the average of estimates), estimates (T(step), T(Hessian)), data, start,
+memory (counted, without a GPU), trainer (tokens/s and, on a GPU, memory against the loop in nanogpt_recipe.py), prepare
+(with --files), ddp (under torchrun). Competitors take turns (but for the trainer on a GPU), so that a machine whose
+speed drifts does not favour one; the median counts. A table goes to the screen, and device, versions, commit and all
+numbers to a JSON file. What was not measured is named, not guessed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import glob
 import json
-import math
 import os
 import shutil
 import statistics
@@ -45,7 +45,7 @@ import metrics
 import train
 from config import Config, ModelConfig, load_experiment
 from data.batches import read_windows, window_offsets
-from errors import UserError, number, run_main
+from errors import UserError, number, reason, run_main
 from lion import Lion
 from model import GPT, activation_bytes, flops_per_token, num_parameters, summed_loss
 from optimizers import make_optimizer
@@ -75,8 +75,10 @@ class Row:
 
 def main() -> None:
     arguments = _parser().parse_args()
-    place = train.find_place(load_experiment(ROOT / "configs/quickstart.toml", "adamw"))
-    cuda = place.device.type == "cuda"
+    cuda = torch.cuda.is_available()
+    device = {"train.device": "cuda" if cuda else "cpu", "train.compile": "true"}
+    place = train.find_place(load_experiment(ROOT / "configs/quickstart.toml", "adamw", device))
+    check(arguments, place)
     start_process_group(place)
     torch.set_float32_matmul_precision("high")
     sizes = arguments.sizes or (["125m", "355m", "770m"] if cuda else ["125m"])
@@ -85,26 +87,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder))
         for name, measurement in measurements(arguments, place, sizes, data):
-            if time.monotonic() > deadline:
+            if measurement is None or time.monotonic() > deadline:
                 left_out.append(name)
                 continue
             print(f"… {name}", file=sys.stderr, flush=True)
+            torch._dynamo.reset()  # each measurement compiles its own shapes, and the compiler counts them
             try:
                 rows += list(measurement())
-            except torch.OutOfMemoryError:
-                left_out.append(f"{name} (out of memory)")
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+            except Exception as error:  # what was measured before must not be lost
+                left_out.append(f"{name} ({type(error).__name__}: {reason(error)})")
     if place.rank == 0:
         report(rows, left_out, place, arguments.json)
     leave(place, 0)
 
 
+def check(arguments: argparse.Namespace, place: Place) -> None:
+    """Refuse what would fail only after minutes of measuring."""
+    if place.world_size > 1 and arguments.parts != ["ddp"]:
+        raise UserError("under torchrun there is one part: add --parts ddp")
+    if wrong := [micro for micro in arguments.micro or [] if GPU_BATCH % micro]:
+        raise UserError(f"--micro {wrong[0]}: does not divide the {GPU_BATCH} sequences of a step")
+    if "prepare" in arguments.parts and arguments.files:
+        if not glob.glob(arguments.files):
+            raise UserError(f"--files {arguments.files!r}: no file matches")
+        if subprocess.run(
+            [arguments.datasets_python, "-c", "import datasets, tiktoken"], capture_output=True
+        ).returncode:
+            raise UserError(f"{arguments.datasets_python} lacks datasets or tiktoken; name one by --datasets-python")
+
+
 def measurements(
     arguments: argparse.Namespace, place: Place, sizes: list[str], data: Path
-) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
-    """(name, function that measures) for all that the command line asks for, the cheapest and surest first."""
+) -> Iterator[tuple[str, Callable[[], Iterator[Row]] | None]]:
+    """(name, function that measures) for all that the command line asks for; None where it cannot be done here."""
     device = place.device
     cuda = device.type == "cuda"
     for part in arguments.parts:
@@ -123,14 +138,16 @@ def measurements(
         elif part == "memory" and not cuda:
             for size in sizes:
                 yield f"memory {size}", partial(counted_memory, size)
-        elif part == "ddp" and place.world_size > 1:
-            yield "ddp", partial(ddp_order, data, place)
         elif part == "data":
             yield "data", partial(data_loading, data, device)
         elif part == "start":
             yield "start", partial(start, data)
-        elif part == "prepare" and arguments.files:
-            yield "prepare", partial(prepare, arguments.files, arguments.datasets_python)
+        elif part == "prepare":
+            ready = partial(prepare, arguments.files, arguments.datasets_python) if arguments.files else None
+            yield "prepare" if ready else "prepare (needs --files)", ready
+        elif part == "ddp":
+            several = place.world_size > 1
+            yield "ddp" if several else "ddp (needs torchrun)", partial(ddp_order, data, place) if several else None
 
 
 def make_data(folder: Path) -> Path:
@@ -179,15 +196,16 @@ def optimizer_steps(size: str, device: torch.device) -> Iterator[Row]:
     n = sum(p.numel() for p in params)
     source = torch.randn(min(n, 250_000_000), device=device)
     target = torch.empty_like(source)
-    sophia, multi = SophiaG(params, fused=True), SophiaG(params, foreach=True)
+    sophia = SophiaG(params, fused=True)
     found_inf = torch.zeros((), device=device)
     optimizers: dict[str, tuple[Any, int]] = {
         "AdamW, fused": (torch.optim.AdamW(params, fused=True), 28),
         "Lion, fused": (Lion(params, fused=True), 20),
         "Sophia-G, fused": (sophia, 24),
-        "Sophia-G, multi-tensor": (multi, 24),
-        "Sophia-G, per tensor": (SophiaG(params, foreach=False), 24),
     }
+    if size == "125m":  # the larger ones' states would not all fit a card at once
+        optimizers["Sophia-G, multi-tensor"] = (SophiaG(params, foreach=True), 24)
+        optimizers["Sophia-G, per tensor"] = (SophiaG(params, foreach=False), 24)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
     for name, (optimizer, _) in optimizers.items():
         optimizer.found_inf = found_inf
@@ -252,41 +270,56 @@ def quickstart_trainer(data: Path, device: torch.device) -> Iterator[Row]:
 
 
 def gpu_trainer(size: str, micros: list[int] | None, data: Path, device: torch.device) -> Iterator[Row]:
-    """Tokens/s, MFU and peak memory; by the last, the largest micro-batch that would fit smaller cards."""
+    """Tokens/s, MFU and peak memory; by the last, the largest micro-batch that would fit smaller cards.
+
+    Each alone and one after the other, since each one's memory is measured.
+    """
     shape = shape_of(size)
     flops, peak = flops_per_token(shape), metrics.peak_tflops(device)
     best: dict[str, float] = {}
     fits: dict[tuple[str, int], float] = {}
     for name, chunk in (("reference", None), ("train.py", 0), ("train.py, loss_chunk 8192", 8192)):
         for micro in micros or [largest_micro_batch(shape, device)]:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch._dynamo.reset()
-            try:
-                if chunk is None:
-                    step = make_reference_step(shape, data, GPU_BATCH, micro, device, compiled=True)
-                else:
-                    keys = {"train.batch_size": GPU_BATCH, "train.micro_batch_size": micro, "train.loss_chunk": chunk}
-                    step = stepper(build(configure(size, "adamw", data, device, **keys), Place(0, 1, device)))
-                rate = GPU_BATCH * shape.block_size / medians({name: step}, device)[name]
-            except torch.OutOfMemoryError:
+            measured = rate_and_memory(size, chunk, micro, data, device)
+            if measured is None:
+                print(f"{size}: {name}, micro-batch {micro}: out of memory", file=sys.stderr)
                 continue
-            memory = torch.cuda.max_memory_allocated()
-            del step
-            for budget in (24, 40):  # beside weights, gradients, two states and the weights' bf16 copies
-                fixed = 18 * num_parameters(shape)
-                fits[name, budget] = (0.95e9 * budget - fixed) // ((memory - fixed) / micro)
+            rate, memory = measured
             best[name] = max(best.get(name, 0), rate)
+            # Beside weights, gradients, two states, the weights' bf16 copies and the logits of a chunk.
+            fixed = 18 * num_parameters(shape) + 12 * (chunk or 0) * shape.vocab_size
+            for budget in (24, 40):
+                fits[name, budget] = (0.95e9 * budget - fixed) // ((memory - fixed) / micro)
             mfu = f"{rate * flops / peak / 1e12:.1%}" if peak else "unknown"
             what = f"{size}: {name}, micro-batch {micro}, {memory / 1e9:.1f} GB, MFU {mfu}"
-            goal = "≥ 1.15" if name == "train.py" else ""
-            yield Row(
-                "trainer", what, rate, "tokens/s", "reference's best", rate / best.get("reference", math.nan), goal
-            )
+            ratio = rate / best["reference"] if "reference" in best else None
+            yield Row("trainer", what, rate, "tokens/s", "reference", ratio, "≥ 1.15" if name == "train.py" else "")
     for (name, budget), fit in fits.items():
-        ratio = fit / (fits.get(("reference", budget)) or math.nan)
+        reference = fits.get(("reference", budget))
         goal = "≥ 1.5" if "chunk" in name else ""
-        yield Row("memory", f"{size}: {name} in {budget} GB", fit, "sequences", "reference", ratio, goal)
+        what = f"{size}: {name} in {budget} GB"
+        yield Row("memory", what, fit, "sequences", "reference", fit / reference if reference else None, goal)
+
+
+def rate_and_memory(
+    size: str, chunk: int | None, micro: int, data: Path, device: torch.device
+) -> tuple[float, int] | None:
+    """Tokens/s and peak bytes of train.py with that loss_chunk (None: the reference loop); None if it does not fit."""
+    shape = shape_of(size)
+    torch._dynamo.reset()
+    gc.collect()  # what the last one left; in a function of its own, so that an out-of-memory error leaves nothing
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        if chunk is None:
+            step = make_reference_step(shape, data, GPU_BATCH, micro, device, compiled=True)
+        else:
+            keys = {"train.batch_size": GPU_BATCH, "train.micro_batch_size": micro, "train.loss_chunk": chunk}
+            step = stepper(build(configure(size, "adamw", data, device, **keys), Place(0, 1, device)))
+        seconds = medians({"step": step}, device)["step"]
+    except torch.OutOfMemoryError:
+        return None
+    return GPU_BATCH * shape.block_size / seconds, torch.cuda.max_memory_allocated()
 
 
 def largest_micro_batch(shape: ModelConfig, device: torch.device) -> int:
@@ -405,7 +438,9 @@ def start(data: Path) -> Iterator[Row]:
         times = []
         for index in range(3):
             started = time.perf_counter()
-            subprocess.run([*command, f"--train.out_dir={folder}/{index}"], check=True, capture_output=True)
+            done = subprocess.run([*command, f"--train.out_dir={folder}/{index}"], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"train.py ended with {done.returncode}: {done.stderr.strip()[-200:]}")
             times.append(time.perf_counter() - started)
     seconds = statistics.median(times)
     yield Row("start", "train.py, one step, a checkpoint and the end", seconds, "s", "8 s", seconds / 8, "≤ 1.0")
@@ -414,8 +449,6 @@ def start(data: Path) -> Iterator[Row]:
 def prepare(pattern: str, datasets_python: str) -> Iterator[Row]:
     """prepare.py against nanogpt_prepare.py, from the command to its end, both with a process a core; and files."""
     paths = sorted(glob.glob(pattern))
-    if not paths:
-        raise UserError(f"--files {pattern!r}: no file matches")
     cores = str(os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder, "ours"), Path(folder, "theirs")
@@ -430,8 +463,7 @@ def prepare(pattern: str, datasets_python: str) -> Iterator[Row]:
             started = time.perf_counter()
             done = subprocess.run(commands[out], capture_output=True, text=True)
             if done.returncode:
-                problem = done.stderr.strip().splitlines()[-1]
-                raise UserError(f"{commands[out][1]}: {problem}; --datasets-python names a Python with datasets in it")
+                raise UserError(f"{commands[out][1]} ended with {done.returncode}: {done.stderr.strip()[-200:]}")
             seconds[out].append(time.perf_counter() - started)
         splits = json.loads((ours / "meta.json").read_text())["splits"].values()
         size = {out: sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) for out in seconds}
@@ -472,6 +504,13 @@ def _parser() -> argparse.ArgumentParser:
         "--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=f"of {', '.join(parts)}"
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, metavar="SIZE", help=f"of {', '.join(SIZES)}")
+    parser.add_argument(
+        "--micro",
+        nargs="+",
+        type=number(int, 1),
+        metavar="N",
+        help="micro-batches on a GPU (one that fits)",
+    )
     parser.add_argument(
         "--minutes", type=number(float, 0.1), default=8, metavar="N", help="begin nothing new after N (8)"
     )

@@ -45,6 +45,47 @@ def test_bench_refuses_files_that_are_not_there(monkeypatch: pytest.MonkeyPatch,
     assert "error: --files 'nowhere/*.parquet': no file matches" in capsys.readouterr().err
 
 
+def test_bench_refuses_micro_batches_that_do_not_divide(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--parts", "trainer", "--micro", "12", "25"])
+    with pytest.raises(SystemExit):
+        run_main(bench.main)
+    assert "error: --micro 25: does not divide the 120 sequences of a step" in capsys.readouterr().err
+
+
+def test_a_failure_loses_nothing_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such kernel\nmore")
+
+    monkeypatch.setattr(bench, "data_loading", lambda *_: iter([bench.Row("data", "it", 1.0, "ms")]))
+    monkeypatch.setattr(bench, "start", fail)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--parts", "data", "start", "ddp"])
+    run_main(bench.main)
+    out = capsys.readouterr().out
+    assert "| data | it | 1 ms |" in out
+    assert "not run: start (RuntimeError: no such kernel)\nnot run: ddp (needs torchrun)\n" in out
+
+
+def test_the_gpu_table_is_complete_with_a_stand_in_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's memory functions alone are replaced; the loops are real, eager, with the quickstart's shape."""
+    shape, configure = bench.shape_of("quickstart"), bench.configure
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "GPU_BATCH", 4)
+    monkeypatch.setattr(bench, "shape_of", lambda _: shape)
+    monkeypatch.setattr(bench, "configure", lambda _, *rest, **keys: configure("quickstart", *rest, **keys))
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**10)
+    rows = list(bench.gpu_trainer("125m", [2, 4], bench.make_data(tmp_path), torch.device("cpu")))
+    assert [row.part for row in rows] == ["trainer"] * 6 + ["memory"] * 6
+    assert rows[0].ratio == 1
+    assert all(row.ratio is not None and row.ratio > 0 for row in rows)
+
+
 def test_the_reference_model_is_as_large_as_ours() -> None:
     for size in bench.SIZES:
         with torch.device("meta"):

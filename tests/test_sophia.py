@@ -265,6 +265,17 @@ def test_sampled_labels_at_the_edges(dtype: torch.dtype) -> None:
     assert sample_labels(wide, torch.tensor([1 - 2**-24])).item() in (50255, 50256)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_still_give_labels(value: float) -> None:
+    """Out of range they would be an assert on a GPU, which nothing survives."""
+    for classes in (257, 1000):
+        logits = torch.randn(8, classes)
+        logits[:, 3] = value
+        logits[4:] = value
+        labels = sample_labels(logits, torch.rand(8))
+        assert ((labels >= 0) & (labels < classes)).all()
+
+
 def standard_scores(estimates: Callable[[int], dict[Tensor, Tensor]], count: int, exact: Tensor) -> Tensor:
     """(mean of `count` estimates − exact) / standard error, for all entries whose estimate varies."""
     total, squares = torch.zeros_like(exact), torch.zeros_like(exact)
