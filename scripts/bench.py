@@ -1,15 +1,15 @@
-"""Measure what DESIGN claims about speed, side by side in one process, always as a ratio to something well known.
+"""Measure how fast each part is, side by side in one process, always as a ratio to something well known.
 
     python scripts/bench.py                                    # a few minutes on two CPU cores, under ten on one GPU
     python scripts/bench.py --parts trainer --sizes 355m       # a part of it
     python scripts/bench.py --parts prepare --files 'books/*.parquet'
     torchrun --standalone --nproc_per_node=2 -- scripts/bench.py --parts ddp
 
-Parts: optimizer (a step of AdamW, Lion, Sophia; the average of estimates), estimates (T(step), T(Hessian)), data, start,
-memory (counted, without a GPU), trainer (tokens/s and, on a GPU, memory against the loop in nanogpt_recipe.py), prepare
-(with --files), ddp (under torchrun). Competitors take turns (but for the trainer on a GPU), so that a machine whose
-speed drifts does not favour one; the median counts. A table goes to the screen, and device, versions, commit and all
-numbers to a JSON file. What was not measured is named, not guessed.
+Parts: optimizer (a step of AdamW, Lion, Sophia; the average of estimates), estimates (T(step), T(Hessian)), data,
+start, memory (counted, without a GPU), trainer (tokens/s and, on a GPU, memory, against the loop in
+nanogpt_recipe.py), prepare (with --files), ddp (under torchrun). Competitors take turns (but for the trainer on a
+GPU), so that a machine whose speed drifts does not favour one; the median counts. A table goes to the screen, and
+device, versions, commit and all numbers to a JSON file. What was not measured is named, not guessed.
 """
 
 from __future__ import annotations
