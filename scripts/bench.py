@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,8 +37,6 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import metrics
 import train
@@ -51,6 +48,7 @@ from model import GPT, activation_bytes, flops_per_token, num_parameters, summed
 from optimizers import make_optimizer
 from place import Place, leave, start_process_group
 from scripts import nanogpt_recipe
+from scripts.live_memory import PeakMemory
 from scripts.nanogpt_recipe import make_reference_step
 from sophia import SophiaG
 
@@ -363,25 +361,6 @@ def ddp_order(data: Path, place: Place) -> Iterator[Row]:
     for name, value in seconds.items():
         ratio = value / seconds["compile(DDP(model))"]
         yield Row("ddp", f"{size} on {place.world_size} ranks: {name}", 1000 * value, "ms", "the other", ratio)
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operations made and nobody has dropped yet: now, and the most so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, storage._cdata)
-                self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 def counted_memory(size: str) -> Iterator[Row]:

@@ -38,20 +38,20 @@ def test_what_the_time_limit_leaves_no_room_for_is_named(
     assert "not run: data\nnot run: start\n" in capsys.readouterr().out
 
 
-def test_bench_refuses_files_that_are_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--parts", "prepare", "--files", "nowhere/*.parquet"])
-    with pytest.raises(SystemExit):
-        run_main(bench.main)
-    assert "error: --files 'nowhere/*.parquet': no file matches" in capsys.readouterr().err
-
-
-def test_bench_refuses_micro_batches_that_do_not_divide(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--parts prepare --files nowhere/*.parquet", "--files 'nowhere/*.parquet': no file matches"),
+        ("--parts trainer --micro 12 25", "--micro 25: does not divide the 120 sequences of a step"),
+    ],
+)
+def test_bench_refuses_before_it_measures(
+    arguments: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--parts", "trainer", "--micro", "12", "25"])
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments.split()])
     with pytest.raises(SystemExit):
         run_main(bench.main)
-    assert "error: --micro 25: does not divide the 120 sequences of a step" in capsys.readouterr().err
+    assert f"error: {said}" in capsys.readouterr().err
 
 
 def test_a_failure_loses_nothing_that_was_measured(

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from config import ModelConfig, load_experiment
 from model import GPT, activation_bytes, hvp_bytes, summed_loss
 from plan import hessian_micro_batch_size
-from scripts.bench import PeakMemory
+from scripts.live_memory import PeakMemory
 from tests.conftest import ROOT
 from train import hutchinson_micro_batch, summed_sampled_loss
 
