@@ -1,7 +1,8 @@
 """The typed schema of an experiment, its TOML file and the command line.
 
-An experiment file holds what all its runs share, then one table a run that overrides any key. The command line
-overrides both. Whatever is unknown, of the wrong type or out of range is refused before anything else happens.
+An experiment file holds what all its runs share, then one table a run that overrides any key. A scale, [scales.cpu]
+say, is such a file within the file: it overrides what is shared and the runs it names. The command line overrides
+both. Whatever is unknown, of the wrong type or out of range is refused before anything else happens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from errors import UserError, reason
 
 PATH = r"^[^\x00-\x1f]+$"  # no control characters
-RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # becomes a folder's name
+TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a run's table; becomes a folder's name
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")  # one of its variations: adamw,lr=0.001,seed=2
+PAPER = "paper"  # the scale that the file itself is
 
 
 class Section(BaseModel):
@@ -172,7 +175,7 @@ FREE_KEYS = {
 
 
 def parse_command_line(argv: list[str]) -> tuple[Config, argparse.Namespace]:
-    """`EXPERIMENT.toml --run=NAME [--resume] [--dry-run] [--section.key=value …]` → the resolved run and the flags.
+    """`EXPERIMENT.toml --run=NAME [--scale=S] [--resume] [--section.key=value …]` → the resolved run and the flags.
 
     Raises UserError for anything that cannot be read or does not fit the schema.
     """
@@ -180,31 +183,71 @@ def parse_command_line(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     overrides = {key: getattr(flags, key) for key in KEYS if getattr(flags, key) is not None}
     if rest:
         raise UserError(f"unknown argument {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0])}; see train.py --help")
-    return load_experiment(Path(flags.experiment), flags.run, overrides), flags
+    config = load_experiment(Path(flags.experiment), flags.run, overrides, flags.scale)
+    if flags.name is None:
+        return config, flags
+    if not RUN_NAME.fullmatch(flags.name):
+        raise UserError(f"--name={flags.name!r} cannot name a folder; use letters, digits and any of _ . , = + -")
+    return config.model_copy(update={"run": flags.name}), flags
 
 
-def load_experiment(path: Path, run: str | None, overrides: dict[str, str] | None = None) -> Config:
+def load_experiment(path: Path, run: str | None, overrides: dict[str, str] | None = None, scale: str = PAPER) -> Config:
     """The run named `run` of the experiment file at `path`, with `overrides` (dotted key → text) on top."""
-    shared = _read_toml(path)
+    shared, runs = read_experiment(path, scale)
+    if run is None or run not in runs:
+        asked = f"no run named {run!r}." if run else "which run?"
+        raise UserError(f"{path}: {asked} Add --run=NAME, NAME one of: {', '.join(runs)}")
+    experiment = path.stem if scale == PAPER else f"{path.stem}-{scale}"
+    given = {run: overrides or {}}
+    trees = {name: _merge(shared, table) for name, table in runs.items()}
+    # All of them, so that a mistake in the last run's table is found before the first run begins.
+    return {name: _resolve(path, experiment, name, tree, given.get(name, {})) for name, tree in trees.items()}[run]
+
+
+def read_experiment(path: Path, scale: str = PAPER) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What the runs of the file share, and each run's own table without its grid, at a scale."""
+    shared = _at_scale(path, scale)
     runs = shared.pop("runs", None)
     if not isinstance(runs, dict) or not runs or not all(isinstance(table, dict) for table in runs.values()):
         raise UserError(f"{path}: no runs; add a table such as [runs.adamw.optimizer]")
     for key in shared:
         if key not in SECTIONS:
             raise UserError(f"{path}: unknown key {key}{_nearest(key)}")
-    if wrong := [name for name in runs if not RUN_NAME.fullmatch(name)]:
+    if wrong := [name for name in runs if not TABLE_NAME.fullmatch(name)]:
         raise UserError(f"{path}: {wrong[0]!r} cannot name a run's folder; use letters, digits, '-', '_' and '.'")
-    if run is None or run not in runs:
-        asked = f"no run named {run!r}." if run else "which run?"
-        raise UserError(f"{path}: {asked} Add --run=NAME, NAME one of: {', '.join(runs)}")
-    configs = {name: _resolve(path, name, _merge(shared, table), {}) for name, table in runs.items() if name != run}
-    configs[run] = _resolve(path, run, _merge(shared, runs[run]), overrides or {})
-    return configs[run]
+    return shared, {name: {key: table[key] for key in table if key != "grid"} for name, table in runs.items()}
 
 
-def run_names(path: Path) -> list[str]:
+def read_grid(path: Path, run: str, scale: str = PAPER) -> dict[str, list[str]]:
+    """What to try of a run, {dotted key: values as text}: its table [runs.NAME.grid], optimizer.lr = [1e-3, 2e-3]."""
+    grid = _at_scale(path, scale)["runs"][run].get("grid", {})
+    if not isinstance(grid, dict) or not all(isinstance(table, dict) for table in grid.values()):
+        raise UserError(f"{path}, run {run}: a grid looks like this: optimizer.lr = [1e-3, 2e-3]")
+    axes = {f"{section}.{key}": values for section, table in grid.items() for key, values in table.items()}
+    for key, values in axes.items():
+        if key not in KEYS:
+            raise UserError(f"{path}, run {run}: unknown key {key} in its grid{_nearest(key)}")
+        if not isinstance(values, list) or not values or not all(isinstance(v, int | float | str) for v in values):
+            raise UserError(f"{path}, run {run}: {key} in its grid must be a list of values, such as [1e-3, 2e-3]")
+    return {key: [str(v).lower() if isinstance(v, bool) else str(v) for v in values] for key, values in axes.items()}
+
+
+def _at_scale(path: Path, scale: str) -> dict[str, Any]:
+    """The tree of the file with that of its scale laid upon it. The file itself is the paper's scale."""
+    tree = _read_toml(path)
+    scales = tree.pop("scales", {})
+    if not isinstance(scales, dict) or not all(isinstance(table, dict) for table in scales.values()):
+        raise UserError(f"{path}: scales must be tables, such as [scales.cpu.train]")
+    if scale == PAPER:
+        return tree
+    if scale not in scales:
+        raise UserError(f"{path}: has no scale {scale!r}; use one of: {', '.join([PAPER, *scales])}")
+    return _merge(tree, scales[scale])
+
+
+def run_names(path: Path, scale: str = PAPER) -> list[str]:
     """The names of the runs of an experiment file, in its order."""
-    return list(_read_toml(path).get("runs", {}))
+    return list(read_experiment(path, scale)[1])
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -225,12 +268,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _resolve(path: Path, run: str, tree: dict[str, Any], overrides: dict[str, str]) -> Config:
+def _resolve(path: Path, experiment: str, run: str, tree: dict[str, Any], overrides: dict[str, str]) -> Config:
     for key, text in overrides.items():
         section, name = key.split(".")
         tree = _merge(tree, {section: {name: _literal(key, text)}})
     try:
-        return Config.model_validate({**tree, "experiment": path.stem, "run": run})
+        return Config.model_validate({**tree, "experiment": experiment, "run": run})
     except ValidationError as error:
         raise UserError(f"{path}, run {run}: {_first_problem(error)}") from None
 
@@ -259,7 +302,8 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _nearest(key: str) -> str:
-    names = {**{known: known for known in KEYS}, **{known.split(".")[1]: known for known in KEYS}, "resume": "resume"}
+    names = {known: known for known in KEYS} | {known.split(".")[1]: known for known in KEYS}
+    names |= {flag: flag for flag in ("resume", "scale", "name")}
     close = difflib.get_close_matches(key, names, 1, 0.7) or difflib.get_close_matches(
         key.split(".")[-1], names, 1, 0.7
     )
@@ -269,13 +313,15 @@ def _nearest(key: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
-        usage="train.py EXPERIMENT.toml --run=NAME [--resume] [--dry-run] [--SECTION.KEY=VALUE …]",
+        usage="train.py EXPERIMENT.toml --run=NAME [--scale=NAME] [--resume] [--dry-run] [--SECTION.KEY=VALUE …]",
         description="Train one run of an experiment file.",
         epilog="Example: torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g",
         allow_abbrev=False,
     )
     parser.add_argument("experiment", metavar="EXPERIMENT.toml", help="experiment file, e.g. configs/quickstart.toml")
     parser.add_argument("--run", metavar="NAME", help="which of the file's runs, e.g. sophia-g")
+    parser.add_argument("--scale", metavar="NAME", default=PAPER, help="cpu, gpu or paper (default)")
+    parser.add_argument("--name", metavar="NAME", help="folder and wandb name of the run (default: that of --run)")
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, if it has one")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, steps and memory, then exit")
     for section, schema in SECTIONS.items():
