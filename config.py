@@ -2,7 +2,8 @@
 
 An experiment file holds what all its runs share, then one table a run that overrides any key. A scale, [scales.cpu]
 say, is such a file within the file: it overrides what is shared and the runs it names. The command line overrides
-both. Whatever is unknown, of the wrong type or out of range is refused before anything else happens.
+both. A file may stand on another, its base, and then holds what differs. Whatever is unknown, of the wrong type or out
+of range is refused before anything else happens.
 """
 
 from __future__ import annotations
@@ -39,12 +40,28 @@ class ModelConfig(Section):
     block_size: int = Field(1024, gt=0, le=1_000_000, description="context length, tokens")
     vocab_size: int = Field(50257, gt=1, le=65536, description="tokens in the vocabulary")
     scale_attn_by_inverse_layer_idx: bool = Field(True, description="layer i (from 1) divides attention scores by i")
+    causal: bool = Field(True, description="predict the next token; false: fill in masked ones, seeing both sides")
 
     @model_validator(mode="after")
     def _heads_divide_channels(self) -> ModelConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         return self
+
+    @property
+    def mask_token(self) -> int:
+        """What stands in a masked token's place: the vocabulary's last token, which no text may have."""
+        return self.vocab_size - 1
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Tokens that a text may have."""
+        return self.vocab_size if self.causal else self.mask_token
+
+    @property
+    def labels_per_sequence(self) -> int:
+        """How many tokens of a sequence the loss predicts: all, or BERT's 15 % (arXiv 1810.04805, section 3.1)."""
+        return self.block_size if self.causal else max(1, round(0.15 * self.block_size))
 
 
 class DataConfig(Section):
@@ -84,12 +101,14 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """One optimizer; a key that it does not have is refused."""
 
-    name: Literal["adamw", "lion", "sophia-g", "sophia-h"] = Field(description="the optimizer")
+    name: Literal["adamw", "lion", "sophia-g", "sophia-h", "sophia-ablation", "adahessian", "muon", "soap"] = Field(
+        description="the optimizer"
+    )
     lr: float = Field(gt=0, description="peak learning rate")
     beta1: float = Field(ge=0, lt=1, description="decay of the momentum")
     beta2: float = Field(ge=0, lt=1, description="decay of the second moment, or of Sophia's Hessian estimate")
     weight_decay: float = Field(ge=0, description="decoupled, times lr, on matrices alone")
-    eps: float | None = Field(None, gt=0, description="adamw: added to the root; sophia: floor of rho·h")
+    eps: float | None = Field(None, gt=0, description="sophia: floor of rho·h; others: added to the root")
     rho: float | None = Field(None, gt=0, description="sophia: an entry moves less than lr where |m| < rho·h")
     hessian_interval: int | None = Field(None, gt=0, le=10**9, description="sophia: steps between estimates (k)")
     hessian_batch_size: int | None = Field(
@@ -98,13 +117,30 @@ class OptimizerConfig(Section):
     hessian_micro_batch_size: int | None = Field(
         None, gt=0, description="sophia: most sequences a rank estimates on at once (default: as fit)"
     )
+    estimator: Literal["gnb", "hutchinson", "empirical-fisher", "none"] | None = Field(
+        None, description="sophia-ablation: where h comes from; none: h is 0, the sign of the momentum"
+    )
+    average: Literal["mean", "root-mean-square"] | None = Field(
+        None, description="sophia-ablation: of the estimates; Sophia takes the mean"
+    )
+    update: Literal["clip", "divide", "normalize"] | None = Field(
+        None, description="sophia-ablation: what bounds a step; Sophia clips"
+    )
 
     @model_validator(mode="after")
     def _keys_of_this_optimizer(self) -> OptimizerConfig:
-        sophia = {"eps", "rho", "hessian_interval", "hessian_batch_size"}
-        required = {"adamw": {"eps"}, "lion": set()}.get(self.name, sophia)
-        optional = {"hessian_micro_batch_size"} if self.is_sophia else set()
-        for key in sorted(sophia | {"hessian_micro_batch_size"}):
+        hessian: set[str] = set() if self.hessian_estimator == "none" else {"hessian_interval", "hessian_batch_size"}
+        sophia = {"eps", "rho", *hessian}
+        of_name: dict[str, set[str]] = {
+            "lion": set(),
+            "sophia-g": sophia,
+            "sophia-h": sophia,
+            "sophia-ablation": {*sophia, "estimator", "average", "update"},
+            "adahessian": {"eps", *hessian},
+        }
+        required = of_name.get(self.name, {"eps"})
+        optional = {"hessian_micro_batch_size"} if hessian else set()
+        for key in list(type(self).model_fields)[5:]:  # after those that all have
             given = getattr(self, key) is not None
             if given and key not in required | optional:
                 raise ValueError(f"{key} is no key of {self.name}")
@@ -115,6 +151,12 @@ class OptimizerConfig(Section):
     @property
     def is_sophia(self) -> bool:
         return self.name.startswith("sophia")
+
+    @property
+    def hessian_estimator(self) -> str:
+        """Where the diagonal of the Hessian comes from: "gnb", "hutchinson", "empirical-fisher", or "none"."""
+        of_name = {"sophia-g": "gnb", "sophia-h": "hutchinson", "adahessian": "hutchinson"}
+        return of_name.get(self.name) or self.estimator or "none"
 
 
 class WandbConfig(Section):
@@ -139,6 +181,8 @@ class Config(Section):
     def _estimate_within_batch(self) -> Config:
         if (self.optimizer.hessian_batch_size or 0) > self.train.batch_size:
             raise ValueError("optimizer.hessian_batch_size is larger than train.batch_size, of which it is a part")
+        if self.train.shard_optimizer and self.optimizer.name in ("muon", "soap"):
+            raise ValueError(f"train.shard_optimizer cannot share out {self.optimizer.name}; set it to false")
         return self
 
     @property
@@ -215,7 +259,7 @@ def read_experiment(path: Path, scale: str = PAPER) -> tuple[dict[str, Any], dic
             raise UserError(f"{path}: unknown key {key}{_nearest(key)}")
     if wrong := [name for name in runs if not TABLE_NAME.fullmatch(name)]:
         raise UserError(f"{path}: {wrong[0]!r} cannot name a run's folder; use letters, digits, '-', '_' and '.'")
-    return shared, {name: {key: table[key] for key in table if key != "grid"} for name, table in runs.items()}
+    return shared, {name: _without(table, "grid") for name, table in runs.items()}
 
 
 def read_grid(path: Path, run: str, scale: str = PAPER) -> dict[str, list[str]]:
@@ -234,15 +278,61 @@ def read_grid(path: Path, run: str, scale: str = PAPER) -> dict[str, list[str]]:
 
 def _at_scale(path: Path, scale: str) -> dict[str, Any]:
     """The tree of the file with that of its scale laid upon it. The file itself is the paper's scale."""
-    tree = _read_toml(path)
+    tree = _read_tree(path, [])
     scales = tree.pop("scales", {})
-    if not isinstance(scales, dict) or not all(isinstance(table, dict) for table in scales.values()):
-        raise UserError(f"{path}: scales must be tables, such as [scales.cpu.train]")
     if scale == PAPER:
         return tree
     if scale not in scales:
         raise UserError(f"{path}: has no scale {scale!r}; use one of: {', '.join([PAPER, *scales])}")
     return _merge(tree, scales[scale])
+
+
+def _read_tree(path: Path, above: list[Path]) -> dict[str, Any]:
+    """The file laid upon its base, which may have one itself; `above` are the files that led here."""
+    tree = _read_toml(path)
+    _check_tables(path, tree)
+    if "base" not in tree:
+        return tree
+    below = path.parent / str(tree.pop("base"))
+    if below in above:
+        raise UserError(f"{path}: its base {below.name} stands on this file itself")
+    return _extend(path, _read_tree(below, [*above, path]), tree)
+
+
+def _check_tables(path: Path, tree: dict[str, Any]) -> None:
+    scales = tree.get("scales", {})
+    if not isinstance(scales, dict) or not all(isinstance(table, dict) for table in scales.values()):
+        raise UserError(f"{path}: scales must be tables, such as [scales.cpu.train]")
+    for runs in (part.get("runs", {}) for part in (tree, *scales.values())):
+        if not isinstance(runs, dict) or not all(isinstance(table, dict) for table in runs.values()):
+            raise UserError(f"{path}: no runs; add a table such as [runs.adamw.optimizer]")
+
+
+def _extend(path: Path, base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` laid upon `base`, with the runs that `tree` names alone, without the grids of the base.
+
+    A run stands on the base's run of the same name, or on the one that its own key `base` names.
+    """
+    runs = tree.get("runs", {})
+    origins = {name: table.get("base", name) for name, table in runs.items()}
+    for name, table in runs.items():
+        if "base" in table and table["base"] not in base.get("runs", {}):
+            raise UserError(f"{path}, run {name}: base = {table['base']!r} is no run of the base file")
+
+    def runs_of(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+        lent = {name: dict(below.get("runs", {}).get(str(origin), {})) for name, origin in origins.items()}
+        own = above.get("runs", {})
+        return {name: _merge(_without(lent[name], "grid"), _without(own.get(name, {}), "base")) for name in origins}
+
+    merged = _merge(base, tree) | {"runs": runs_of(base, tree)}
+    below, above = base.get("scales", {}), tree.get("scales", {})
+    for scale, table in merged.get("scales", {}).items():
+        table["runs"] = runs_of(below.get(scale, {}), above.get(scale, {}))
+    return merged
+
+
+def _without(table: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name != key}
 
 
 def run_names(path: Path, scale: str = PAPER) -> list[str]:
@@ -260,8 +350,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid upon `base`, table by table."""
-    merged = dict(base)
+    """`over` laid upon `base`, table by table; neither is changed, no table is shared with `base`."""
+    merged = {key: _merge(value, {}) if isinstance(value, dict) else value for key, value in base.items()}
     for key, value in over.items():
         both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both_tables else value

@@ -23,11 +23,11 @@ VOCAB_MULTIPLE = 64
 
 
 class Attention(nn.Module):
-    """Causal self-attention. With inverse-layer scaling, layer i (from 1) divides its scores by i besides sqrt(D)."""
+    """Self-attention, causal in GPT-2. With inverse-layer scaling, layer i (from 1) divides its scores by i too."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.causal = config.n_head, config.causal
         self.scale = 1.0 / math.sqrt(config.n_embd // config.n_head)
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -43,7 +43,7 @@ def hessian_micro_batch_size(config: Config, world_size: int) -> int:
     recipe, optimizer = config.train, config.optimizer
     share = (optimizer.hessian_batch_size or 0) // world_size
     most = optimizer.hessian_micro_batch_size or recipe.micro_batch_size
-    if optimizer.name == "sophia-h" and optimizer.hessian_micro_batch_size is None:
+    if optimizer.hessian_estimator == "hutchinson" and optimizer.hessian_micro_batch_size is None:
         room = activation_bytes(config.model, recipe.dtype, recipe.micro_batch_size, recipe.loss_chunk)
         most = min(most, (room - PROBE_BYTES * num_parameters(config.model)) // hvp_memory(config))
     return max(size for size in range(1, max(min(most, share), 1) + 1) if share % size == 0)
@@ -63,14 +63,14 @@ def print_plan(config: Config, world_size: int, device: str) -> None:
     shares = world_size if recipe.shard_optimizer else 1
     fixed = 4 * n * (2 + states / shares) + (0 if recipe.dtype == "float32" else 2 * n)  # autocast copies the weights
     activations = activation_bytes(config.model, recipe.dtype, recipe.micro_batch_size, recipe.loss_chunk)
-    if config.optimizer.name == "sophia-h":
+    if config.optimizer.hessian_estimator == "hutchinson":
         size = hessian_micro_batch_size(config, world_size)
         activations = max(activations, PROBE_BYTES * n + size * hvp_memory(config))
     tokens = recipe.batch_size * config.model.block_size
     steps = f"{recipe.max_steps:,} steps, {recipe.max_steps * tokens / 1e9:.2f}B tokens"
     accumulation = recipe.batch_size // (recipe.micro_batch_size * world_size)
     estimate = ""
-    if config.optimizer.is_sophia:
+    if config.optimizer.hessian_interval:
         share = (config.optimizer.hessian_batch_size or 0) // world_size
         size = hessian_micro_batch_size(config, world_size)
         estimate = f"every {config.optimizer.hessian_interval} steps, {share // size} × {size} sequences a rank"

@@ -1,4 +1,4 @@
-"""Train GPT-2 with AdamW, Lion, Sophia-G or Sophia-H. Whatever is not the optimizer is shared by all of them.
+"""Train GPT-2 with AdamW, Lion, Sophia-G, Sophia-H or another. Whatever is not the optimizer is shared by all of them.
 
     python train.py configs/quickstart.toml --run=sophia-g
     torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 import checkpoint
 import metrics
@@ -35,6 +34,8 @@ import optimizers
 from config import Config, parse_command_line
 from data.batches import (
     label_uniforms,
+    mask_tokens,
+    masked_positions,
     probe_seed,
     rank_slices,
     read_windows,
@@ -47,7 +48,7 @@ from files import locked
 from model import GPT, flops_per_token, summed_loss
 from place import Place, agree, catch_signals, find_place, leave, start_process_group
 from plan import check_divisible, hessian_micro_batch_size, print_plan
-from sophia import SophiaG, hutchinson_estimate, sampled_label_loss
+from sophia import hutchinson_estimate, sample_labels
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Run:
     model: GPT
     forward: nn.Module  # the model, compiled where asked; the same parameters
     parallel: nn.Module  # forward, averaging gradients over the ranks where there are several
-    optimizer: Optimizer
+    optimizer: Any  # torch's Optimizer, or several together (optimizers.py)
     scaler: torch.amp.GradScaler
 
 
@@ -86,7 +87,7 @@ def main() -> None:
             print_plan(config, place.world_size, place.device.type)
         return
     folder, shape = Path(config.data.path), config.model
-    tokens = {split: open_tokens(folder, split, shape.vocab_size, shape.block_size) for split in ("train", "val")}
+    tokens = {split: open_tokens(folder, split, shape.text_vocab_size, shape.block_size) for split in ("train", "val")}
     saved = checkpoint.open_run(config, flags.resume, tokens)
     if saved and saved["validated_step"] == config.train.max_steps:
         print(f"{config.run_dir}: finished already, {saved['step']} steps")
@@ -228,10 +229,9 @@ def validate(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
     sums, counts = [torch.zeros((), device=place.device)], 0
     for x, y in validation_windows(
         run.tokens["val"],
-        config.model.block_size,
+        config.model,
         config.train.eval_windows,
         config.train.micro_batch_size,
-        config.model.vocab_size,
         place.rank,
         place.world_size,
     ):
@@ -275,12 +275,13 @@ def make_step(run: Run, step: int) -> dict[str, Any]:
         group["lr"] = lr
 
     estimated = started = metrics.timestamp(place.device)
-    if config.optimizer.is_sophia and step % (config.optimizer.hessian_interval or 1) == 0:
+    if config.optimizer.hessian_interval and step % config.optimizer.hessian_interval == 0:
         update_hessian(run, step)
         estimated = metrics.timestamp(place.device)
 
     size, micro_size = config.train.batch_size, config.train.micro_batch_size
-    loss = accumulate_gradient(run, summed_loss, read_batch(run, step, size, micro_size), size // micro_size)
+    batches = read_batch(run, step, size, micro_size)
+    loss = accumulate_gradient(run, summed_loss, batches, size // micro_size)
     if place.world_size > 1:
         dist.all_reduce(loss)
         loss /= place.world_size
@@ -309,10 +310,12 @@ def learning_rate(config: Config, step: int) -> float:
 def read_batch(run: Run, step: int, size: int, micro_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's inputs and targets, (B, T) a micro-batch, of the first `size` sequences of a step's batch."""
     config, place, tokens = run.config, run.place, run.tokens["train"]
-    block_size = config.model.block_size
-    offsets = window_offsets(config.train.seed, step, len(tokens), block_size, config.train.batch_size)
+    shape, seed = config.model, config.train.seed
+    offsets = window_offsets(seed, step, len(tokens), shape.block_size, config.train.batch_size)
     for rows in rank_slices(size, micro_size, place.rank, place.world_size):
-        x, y = read_windows(tokens, offsets[rows], block_size, config.model.vocab_size)
+        x, y = read_windows(tokens, offsets[rows], shape.block_size, shape.text_vocab_size)
+        if not shape.causal:
+            x, y = mask_tokens(x, masked_positions(seed, step, size, shape)[rows], shape.mask_token)
         yield to_device(x, place.device), to_device(y, place.device)
 
 
@@ -341,7 +344,7 @@ def accumulate_gradient(
             # Read in forward: the ranks exchange gradients in the last backward alone.
             run.parallel.require_backward_grad_sync = index == mine
         with autocast(run.config, run.place.device):
-            loss = run.parallel(x, criterion, labels) / labels.numel()
+            loss = run.parallel(x, criterion, labels) / (len(x) * run.config.model.labels_per_sequence)
         run.scaler.scale(loss / mine).backward()
         losses.append(loss.detach())
     return torch.stack(losses).mean()
@@ -353,33 +356,51 @@ def update_hessian(run: Run, step: int) -> None:
     An estimate that is no number, or overflowed in fp16, is left out: in the average it would stay for ever. All ranks
     have the same estimate, so all decide the same; and it is decided on the device, nobody waits for it.
     """
-    config, place = run.config, run.place
-    size = config.optimizer.hessian_batch_size
+    size = run.config.optimizer.hessian_batch_size
     assert size is not None  # the schema demands it
-    micro_size = hessian_micro_batch_size(config, place.world_size)
+    micro_size = hessian_micro_batch_size(run.config, run.place.world_size)
     batches = read_batch(run, step, size, micro_size)
-    optimizer = optimizers.local(run.optimizer)
-    if isinstance(optimizer, SophiaG):
+    estimate = update_by_hutchinson if run.config.optimizer.hessian_estimator == "hutchinson" else update_by_gradient
+    estimate(run, batches, step, size, micro_size)
+
+
+def update_by_gradient(
+    run: Run, batches: Iterator[tuple[Tensor, Tensor]], step: int, size: int, micro_size: int
+) -> None:
+    """n ĝ²: Gauss-Newton-Bartlett, its labels drawn from the model; or the empirical Fisher, with the text's own."""
+    config, place = run.config, run.place
+    criterion: Callable[[Tensor, Tensor], Tensor] = summed_loss
+    if config.optimizer.hessian_estimator == "gnb":
         uniforms = torch.from_numpy(label_uniforms(config.train.seed, step, size, config.model.block_size))
         rows = rank_slices(size, micro_size, place.rank, place.world_size)
-        sampled = ((x, to_device(uniforms[r], place.device)) for (x, _), r in zip(batches, rows, strict=True))
-        accumulate_gradient(run, summed_sampled_loss, sampled, size // micro_size)
-        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-        if run.scaler.is_enabled():
-            torch._foreach_div_(grads, run.scaler.get_scale())
-        n_labels = size * config.model.block_size
-        norm = nn.utils.get_total_norm(grads)
-        optimizer.update_hessian_from_grad(n_labels, found_inf=is_no_number(n_labels * norm.square()))
-        run.optimizer.zero_grad(set_to_none=True)
-    else:
-        estimates = hutchinson(run, batches, size // micro_size, step)
-        norm = nn.utils.get_total_norm(list(estimates.values()))
-        mine = {p: estimates[p] for group in optimizer.param_groups for p in group["params"]}
-        optimizer.update_hessian(mine, found_inf=is_no_number(norm))
+        drawn = (to_device(uniforms[r], place.device) for r in rows)
+        # Where there is no target no label is drawn, for which a number below 0 stands.
+        batches = ((x, u.masked_fill(y < 0, -1)) for (x, y), u in zip(batches, drawn, strict=True))
+        criterion = summed_sampled_loss
+    accumulate_gradient(run, criterion, batches, size // micro_size)
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    if run.scaler.is_enabled():
+        torch._foreach_div_(grads, run.scaler.get_scale())
+    n_labels = size * config.model.labels_per_sequence
+    found_inf = is_no_number(n_labels * nn.utils.get_total_norm(grads).square())
+    optimizers.local(run.optimizer).update_hessian_from_grad(n_labels, found_inf)
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def update_by_hutchinson(
+    run: Run, batches: Iterator[tuple[Tensor, Tensor]], step: int, size: int, micro_size: int
+) -> None:
+    optimizer = optimizers.local(run.optimizer)
+    estimates = hutchinson(run, batches, size // micro_size, step)
+    norm = nn.utils.get_total_norm(list(estimates.values()))
+    mine = {p: estimates[p] for group in optimizer.param_groups for p in group["params"]}
+    optimizer.update_hessian(mine, found_inf=is_no_number(norm))
 
 
 def summed_sampled_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
-    return sampled_label_loss(logits, uniforms, reduction="sum")
+    """The loss of labels drawn from the model by `uniforms`; where one is below 0 the token is left out."""
+    labels = sample_labels(logits.detach(), uniforms)
+    return summed_loss(logits, labels.masked_fill(uniforms < 0, -1))
 
 
 def is_no_number(value: Tensor) -> Tensor:
@@ -393,7 +414,9 @@ def hutchinson(run: Run, batches: Iterator[tuple[Tensor, Tensor]], count: int, s
     named = dict(run.model.named_parameters())
     params = {name: p.detach() for name, p in named.items()}
     generator = torch.Generator(device).manual_seed(probe_seed(config.train.seed, step))
-    probes = {name: torch.randn(p.shape, generator=generator, device=device) for name, p in params.items()}
+    # Gaussian as in Sophia's Algorithm 1, or of signs alone as in AdaHessian.
+    draw = random_signs if config.optimizer.name == "adahessian" else torch.randn
+    probes = {name: draw(p.shape, generator=generator, device=device) for name, p in params.items()}
     # float16 is too narrow for second derivatives, and no scaler knows them: then in float32.
     context = nullcontext() if config.train.dtype == "float16" else autocast(config, device)
     estimate = compiled(hutchinson_micro_batch) if config.train.compile else hutchinson_micro_batch
@@ -413,8 +436,14 @@ def hutchinson_micro_batch(
     """u ⊙ Hu of one micro-batch; attention in plain operations, because the fused kernels have no second derivative."""
     with sdpa_kernel(SDPBackend.MATH):
         return hutchinson_estimate(
-            lambda p: summed_loss(functional_call(model, p, (x,)), y) / y.numel(), params, probes
+            lambda p: summed_loss(functional_call(model, p, (x,)), y) / (len(x) * model.config.labels_per_sequence),
+            params,
+            probes,
         )
+
+
+def random_signs(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.randint(2, shape, generator=generator, device=device).float() * 2 - 1
 
 
 @functools.cache

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import ModelConfig
 from data.token_files import refuse_beyond_vocabulary
 
 # What a step's random numbers are for; each purpose has a stream of its own.
-WINDOWS, LABELS, PROBES = range(3)
+WINDOWS, LABELS, PROBES, MASKS = range(4)
 
 
 def window_offsets(seed: int, step: int, n_tokens: int, block_size: int, batch_size: int) -> np.ndarray:
@@ -38,6 +39,23 @@ def label_uniforms(seed: int, step: int, batch_size: int, block_size: int) -> np
 def probe_seed(seed: int, step: int) -> int:
     """Seed of the torch generator that draws Hutchinson's probes of a step: on all ranks the same."""
     return int(_generator(seed, step, PROBES).random_raw()) >> 1  # torch takes 63 bits on every device
+
+
+def masked_positions(seed: int, step: int, batch_size: int, shape: ModelConfig) -> Tensor:
+    """Which tokens of a step's sequences are masked: (batch_size, T) bool, labels_per_sequence of them in each."""
+    raw = _generator(seed, step, MASKS).random_raw(batch_size * shape.block_size).reshape(batch_size, shape.block_size)
+    chosen = raw.argsort(axis=1, kind="stable")[:, : shape.labels_per_sequence]
+    masked = np.zeros(raw.shape, bool)
+    np.put_along_axis(masked, chosen, True, axis=1)
+    return torch.from_numpy(masked)
+
+
+def mask_tokens(x: Tensor, masked: Tensor, mask_token: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of masked language modelling: the tokens behind the masks, and -1 elsewhere.
+
+    Every chosen token is masked. BERT leaves or exchanges a fifth of them, for a fine-tuning that never comes here.
+    """
+    return x.masked_fill(masked, mask_token), x.masked_fill(~masked, -1)
 
 
 def _generator(seed: int, step: int, purpose: int) -> np.random.Philox:
@@ -61,18 +79,23 @@ def read_windows(tokens: np.ndarray, offsets: np.ndarray, block_size: int, vocab
 
 
 def validation_windows(
-    tokens: np.ndarray, block_size: int, limit: int, batch_size: int, vocab_size: int, rank: int, world_size: int
+    tokens: np.ndarray, shape: ModelConfig, limit: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One rank's share of the first `limit` (0: all) whole windows, end to end, in batches of one shape (B, T).
 
-    Every token but the first is predicted once, over all ranks. The batch that the windows do not fill is filled up
-    with targets of -1, which `summed_loss` leaves out: one shape for the compiler.
+    Every token but the first is predicted once, over all ranks (or, masked, the same 15 % of them in every run). The
+    batch that the windows do not fill is filled up with targets of -1, which `summed_loss` leaves out: one shape for
+    the compiler.
     """
-    count = (len(tokens) - 1) // block_size
-    mine = np.arange(min(count, limit) if limit else count)[rank::world_size] * block_size
+    count = (len(tokens) - 1) // shape.block_size
+    mine = np.arange(min(count, limit) if limit else count)[rank::world_size]
     for start in range(0, len(mine), batch_size):
-        offsets = mine[start : start + batch_size]
-        filler = batch_size - len(offsets)
-        x, y = read_windows(tokens, np.concatenate([offsets, np.zeros(filler, np.int64)]), block_size, vocab_size)
+        windows = mine[start : start + batch_size]
+        filler = batch_size - len(windows)
+        offsets = np.concatenate([windows * shape.block_size, np.zeros(filler, np.int64)])
+        x, y = read_windows(tokens, offsets, shape.block_size, shape.text_vocab_size)
+        if not shape.causal:
+            masked = [masked_positions(0, int(window), 1, shape) for window in offsets // shape.block_size]
+            x, y = mask_tokens(x, torch.cat(masked), shape.mask_token)
         y[batch_size - filler :] = -1
         yield x, y

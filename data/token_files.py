@@ -58,7 +58,8 @@ def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> n
         raise UserError(f"{path}: {size} bytes, but {wanted}; it is truncated or not ours: prepare it again")
     if meta.get("vocab_size", vocab_size) != vocab_size:
         raise UserError(
-            f"{folder}: vocabulary of {meta['vocab_size']} tokens; set model.vocab_size = {meta['vocab_size']}"
+            f"{folder}: vocabulary of {meta['vocab_size']} tokens; set model.vocab_size = {meta['vocab_size']}, "
+            f"or one more if model.causal = false, for the mask"
         )
     if size // 2 < block_size + 1:
         raise UserError(f"{path}: {size // 2} tokens, shorter than one window of block_size + 1 = {block_size + 1}")

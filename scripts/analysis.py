@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from config import FREE_KEYS, KEYS, ModelConfig
+from config import FREE_KEYS, KEYS, ModelConfig, OptimizerConfig
 from errors import UserError, reason
 from metrics import read_metrics
 from model import flops_per_token
@@ -197,14 +197,9 @@ def step_flops(config: dict[str, Any]) -> float:
     a_sequence = flops_per_token(ModelConfig(**model)) * model["block_size"]
     sequences = float(recipe["batch_size"])
     if optimizer.get("hessian_interval"):
-        passes = {"hutchinson": GRADIENTS_PER_HVP, "none": 0}.get(estimator_of(optimizer), 1)
+        passes = GRADIENTS_PER_HVP if OptimizerConfig(**optimizer).hessian_estimator == "hutchinson" else 1
         sequences += passes * optimizer["hessian_batch_size"] / optimizer["hessian_interval"]
     return sequences * a_sequence
-
-
-def estimator_of(optimizer: dict[str, Any]) -> str:
-    """Which estimator the table [optimizer] of a config asks for."""
-    return optimizer.get("estimator") or ("gnb" if optimizer["name"] == "sophia-g" else "hutchinson")
 
 
 def step_times(runs: list[Run]) -> tuple[float | None, float | None]:

@@ -71,22 +71,26 @@ def test_targets_are_the_next_tokens(tmp_path: Path) -> None:
     assert x.dtype == torch.int64
 
 
+def shape(vocab_size: int, causal: bool = True) -> ModelConfig:
+    return ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=vocab_size, causal=causal)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_predicts_every_token_once(world_size: int) -> None:
     tokens = np.arange(100, dtype="<u2")  # 99 targets: 12 windows of 8, 3 tokens left over
     targets: list[int] = []
     for rank in range(world_size):
-        for x, y in validation_windows(tokens, 8, 0, 5, 100, rank, world_size):
+        for x, y in validation_windows(tokens, shape(100), 0, 5, rank, world_size):
             assert x.shape == y.shape == (5, 8)
             assert (y[y >= 0] == x[y >= 0] + 1).all()
             targets += y[y >= 0].tolist()
     assert sorted(targets) == list(range(1, 97))
-    limited = [y for _, y in validation_windows(tokens, 8, 3, 5, 100, 0, 1)]
+    limited = [y for _, y in validation_windows(tokens, shape(100), 3, 5, 0, 1)]
     assert torch.cat(limited)[:3].flatten().tolist() == list(range(1, 25))
 
 
 def test_a_rank_without_validation_windows_yields_none() -> None:
-    assert list(validation_windows(np.arange(20, dtype="<u2"), 8, 0, 5, 20, rank=2, world_size=3)) == []
+    assert list(validation_windows(np.arange(20, dtype="<u2"), shape(20), 0, 5, rank=2, world_size=3)) == []
 
 
 def refused(folder: Path, match: str) -> None:
