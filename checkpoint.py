@@ -18,6 +18,7 @@ from config import FREE_KEYS, KEYS, Config
 from data.token_files import fingerprint
 from errors import UserError, reason
 from files import whole_file
+from model import GPT
 
 CONTENT = {"step": int, "validated_step": int, "config": dict, "model": dict, "optimizer": dict, "fingerprints": dict}
 
@@ -106,6 +107,20 @@ def open_run(config: Config, resume: bool, tokens: dict[str, np.ndarray]) -> dic
             if fingerprint(tokens[split]) != name:
                 raise UserError(f"{folder}: was begun on another {split}.bin than the one in {config.data.path}")
     return saved
+
+
+def load_model(path: Path) -> tuple[Config, GPT, int]:
+    """The config, the model on the CPU and the step of a checkpoint, or of the newest one in a run's folder."""
+    saved = load_newest(path) if path.is_dir() else load(path)
+    if saved is None:
+        raise UserError(f"{path}: no checkpoint in it; give a run's folder or a step_….pt file")
+    try:
+        config = Config.model_validate(saved["config"])
+        model = GPT(config.model)
+        model.load_state_dict(saved["model"])
+        return config, model, int(saved["step"])
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: not a checkpoint of this trainer ({reason(error)})") from None
 
 
 def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:

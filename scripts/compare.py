@@ -1,98 +1,205 @@
-"""Compare runs: a table, and a picture of validation loss against steps, tokens and seconds.
+"""Compare runs at the end of their schedules: tables, a picture, a page with curves to look into.
 
-    python scripts/compare.py out/gpt2_125m                  # all runs of an experiment
-    python scripts/compare.py out/a/adamw out/b/adamw --png two.png
+    python scripts/compare.py out/gpt2_125m                   # all runs of an experiment
+    python scripts/compare.py out/a/adamw out/b/adamw --out /tmp/two
+    python scripts/compare.py --wandb me/sophia-gpt2/gpt2_125m --out results/mine
 
-Reads config.json and metrics.jsonl of every run below the given folders. Compare runs at their end alone: in the middle
-of a schedule the learning rate, not the optimizer, decides the loss.
+Writes compare.md, .csv, .json, .png, .svg and .html. Runs that differ in their seed alone are one line: mean ± standard
+deviation, and the p-value of a t-test against the reference at the same horizon (paired where the seeds are the same).
+A speed-up is read from whole, fully decayed schedules alone. In the middle of one, the learning rate decides the loss:
+unfinished runs are drawn but not compared, and no number of steps is ever read off a curve.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import math
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import UserError, run_main
-from metrics import read_metrics
-
-COLORS = {"adamw": "#0072B2", "lion": "#E69F00", "sophia-g": "#009E73", "sophia-h": "#CC3311"}  # colour-blind safe
-LINE_STYLES = ("-", "--", ":", "-.")
+from files import whole_file
+from scripts import analysis, pictures
+from scripts.analysis import Group, Run
 
 
 def main() -> None:
+    arguments = parse_arguments()
+    runs = analysis.wandb_runs(arguments.wandb) if arguments.wandb else analysis.find_runs(arguments.folders)
+    out = arguments.out or (Path() if arguments.wandb else arguments.folders[0])
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out takes the name of a folder")
+    report = make_report(runs, arguments.reference, arguments.target)
+    print(report)
+    write(out, runs, report)
+    print(f"wrote compare.md, .csv, .json, .png, .svg and .html to {out}")
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", metavar="OUT_DIR", nargs="+", type=Path, help="a run, an experiment, or all of out/")
-    parser.add_argument("--png", metavar="FILE", type=Path, help="picture to write (default: compare.png in OUT_DIR)")
+    parser.add_argument("folders", metavar="OUT_DIR", nargs="*", type=Path, help="a run, an experiment, or all of out/")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT/GROUP", help="read the runs of a group at wandb instead")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: the first OUT_DIR)")
+    parser.add_argument("--reference", metavar="RUN", help="run to compare with (default: the first with AdamW)")
+    parser.add_argument(
+        "--target", metavar="LOSS", type=float, help="loss to reach, in nats (default: the reference's final one)"
+    )
     arguments = parser.parse_args()
-
-    runs = [run for folder in arguments.folders for run in find_runs(folder)]
-    print(format_table([table_row(run) for run in runs]))
-    for run in runs:
-        if run["steps"] < run["max_steps"]:
-            print(f"note: {run['name']} is unfinished; its losses are not comparable yet")
-    png = arguments.png or arguments.folders[0] / "compare.png"
-    if png.is_dir():
-        raise UserError(f"{png}: is a folder; --png takes the name of a file")
-    draw(runs, png)
-    print(f"wrote {png}")
+    if bool(arguments.folders) == bool(arguments.wandb):
+        raise UserError("what is to be compared? Give folders (out/EXPERIMENT), or --wandb=ENTITY/PROJECT/GROUP")
+    return arguments
 
 
-def find_runs(folder: Path) -> list[dict[str, Any]]:
-    """The runs below a folder, each with its config and the lines of its metrics.jsonl. Raises UserError for none."""
-    paths = sorted(folder.rglob("metrics.jsonl"))
-    runs = [run for path in paths if (run := read_run(path.parent))]
-    if not runs:
-        raise UserError(f"{folder}: no run with a validation in it; train one, e.g. with scripts/quickstart.sh")
-    return runs
+def make_report(runs: list[Run], reference: str | None, target: float | None) -> str:
+    """All that is printed, as Markdown."""
+    groups = analysis.group_runs(runs)
+    sections = [f"note: {run.name} is unfinished, {_where(run)}: left out" for run in runs if not run.is_finished]
+    sections += [f"warning: the runs differ in more than the optimizer. {line}" for line in analysis.confounders(runs)]
+    if not groups:
+        return "\n".join([*sections, "no run is finished: nothing to compare yet"])
+    base = references(groups, reference)
+    tables = [
+        ("Final losses", [loss_row(group, base) for group in groups]),
+        ("Cost", [cost_row(group) for group in groups]),
+        ("To the target", target_rows(groups, base, target)),
+        ("The paper's test: T steps against T and 2T, each with its own decayed schedule", doubled_rows(groups, base)),
+        ("Data efficiency by the reference's power law over horizons", efficiency_rows(groups, base)),
+    ]
+    sections += [f"\n{title}\n\n{format_table(rows)}" for title, rows in tables if rows]
+    return "\n".join(sections)
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """One run's numbers; None where it was not validated yet."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        records = read_metrics(folder / "metrics.jsonl")
-        steps = [r for r in records if "loss" in r]
-        validations = [r for r in records if "val_loss" in r]
-        name = f"{config['experiment']}/{config['run']}"
-        step = steps[-1]["step"] if steps else 0
-        max_steps, optimizer = config["train"]["max_steps"], config["optimizer"]["name"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}: config.json or metrics.jsonl is damaged ({error!r}); leave it out") from None
-    if not validations:
-        return None
-    numbers = {"steps": step, "max_steps": max_steps, "records": steps, "validations": validations}
-    return {"name": name, "optimizer": optimizer, "experiment": config["experiment"], "run": config["run"]} | numbers
+def references(groups: list[Group], name: str | None) -> dict[int, Group]:
+    """{horizon: the group to compare with}, all of one run of the file; of a sweep's settings, the best."""
+    chosen = [g for g in groups if name in (table_of(g), g.name)] if name else [g for g in groups if _is_adamw(g)][:1]
+    if name and not chosen:
+        raise UserError(f"--reference={name}: no such finished run; there are: {', '.join(map(table_of, groups))}")
+    rivals = [group for group in groups if chosen and table_of(group) == table_of(chosen[0])]
+    return {group.horizon: group for group in sorted(rivals, key=lambda group: group.mean, reverse=True)}
 
 
-def table_row(run: dict[str, Any]) -> dict[str, str]:
-    """The run's line of the table. Times are medians over its steps, so that compiling does not count."""
-    records = [r for r in run["records"] if {"step_ms", "clipped"} <= r.keys()]
-    losses = [r["val_loss"] for r in run["validations"]]
+def table_of(group: Group) -> str:
+    """The run's name in its experiment file."""
+    return group.name.split("/")[-1].split(",")[0]
+
+
+def _is_adamw(group: Group) -> bool:
+    return group.optimizer == "adamw"
+
+
+def _where(run: Run) -> str:
+    return f"step {run.validations[-1]['step']:,} of {run.horizon:,}"
+
+
+def loss_row(group: Group, base: dict[int, Group]) -> dict[str, str]:
     row = {
-        "run": run["name"],
-        "val loss": f"{losses[-1]:.4f}",
-        "best": f"{min(losses, key=lambda loss: (math.isnan(loss), loss)):.4f}",
+        "run": group.name,
+        "seeds": str(len(group.losses)),
+        "steps": f"{group.horizon:,}",
+        "val loss": f"{group.mean:.4f}",
+        "±": "–" if group.deviation is None else f"{group.deviation:.4f}",
     }
-    if not records:
-        return row
-    estimates = [r["hessian_ms"] for r in records if "hessian_ms" in r]
-    last = records[-1]
+    reference = base.get(group.horizon)
+    if reference is None or reference is group:
+        return row | {"less reference": "–", "p": "–"}
+    difference = analysis.compare_losses(group, reference)
     return row | {
-        "steps": f"{last['step']:,}",
-        "tokens": f"{last['tokens'] / 1e6:,.1f}M",
-        "hours": f"{last['seconds'] / 3600:.3f}",
-        "T(step) ms": f"{median(r['step_ms'] for r in records):.1f}",
-        "T(Hessian) ms": f"{median(estimates):.1f}" if estimates else "–",
-        "tokens/s": f"{last['tokens'] / max(last['seconds'], 1e-9):,.0f}",
-        "clipped": f"{sum(r['clipped'] for r in records) / len(records):.1%}",
+        "less reference": f"{difference.mean:+.4f}",
+        "p": "one seed" if difference.p is None else f"{difference.p:.3f}",
     }
+
+
+def cost_row(group: Group) -> dict[str, str]:
+    """Tokens and FLOPs of a run, and medians of its times, so that compiling does not count."""
+    config, records = group.runs[0].config, [r for run in group.runs for r in run.records if "clipped" in r]
+    step, estimate = analysis.step_times(group.runs)
+    overhead = analysis.overhead(group.runs)
+    return {
+        "run": group.name,
+        "tokens": f"{analysis.tokens_of(config) / 1e6:,.1f}M",
+        "FLOPs": f"{analysis.step_flops(config) * group.horizon:.3g}",
+        "hours": f"{seconds_of(group) / 3600:.3f}",
+        "T(step) ms": "–" if step is None else f"{step:.1f}",
+        "T(Hessian) ms": "–" if estimate is None else f"{estimate:.1f}",
+        "overhead": "–" if overhead is None else f"{overhead:.1%}",
+        "clipped": f"{sum(r['clipped'] for r in records) / len(records):.1%}" if records else "–",
+    }
+
+
+def seconds_of(group: Group) -> float:
+    return sum(run.validations[-1]["seconds"] for run in group.runs) / len(group.runs)
+
+
+def target_rows(groups: list[Group], base: dict[int, Group], target: float | None) -> list[dict[str, str]]:
+    """For each run of the file, its shortest schedule that ends at the target or below."""
+    if target is None:
+        # The reference's loss at the longest horizon that another run has too: who gets there with less?
+        shared = [g.horizon for g in groups if g.horizon in base and table_of(g) != table_of(base[g.horizon])]
+        if not shared:
+            return []
+        target = base[max(shared)].mean
+    tables = list(dict.fromkeys(table_of(group) for group in groups))
+    rows = []
+    for table in tables:
+        reached = [g for g in groups if table_of(g) == table and g.mean <= target]
+        row = {"run": table, "target": f"{target:.4f}"}
+        if not reached:
+            rows.append(row | {"steps": "not reached"})
+            continue
+        best = min(reached, key=lambda group: group.horizon)
+        config = best.runs[0].config
+        rows.append(
+            row
+            | {
+                "steps": f"{best.horizon:,}",
+                "tokens": f"{analysis.tokens_of(config) / 1e6:,.1f}M",
+                "FLOPs": f"{analysis.step_flops(config) * best.horizon:.3g}",
+                "seconds": f"{seconds_of(best):,.0f}",
+            }
+        )
+    return rows
+
+
+def doubled_rows(groups: list[Group], base: dict[int, Group]) -> list[dict[str, str]]:
+    """Each run at T against the reference at T and at 2T."""
+    rows = []
+    for group in groups:
+        once, twice = base.get(group.horizon), base.get(2 * group.horizon)
+        if once is None or twice is None or once is group:
+            continue
+        rows.append(
+            {
+                "run": group.name,
+                "T": f"{group.horizon:,}",
+                "loss at T": f"{group.mean:.4f}",
+                "reference at T": f"{once.mean:.4f}",
+                "reference at 2T": f"{twice.mean:.4f}",
+                "as good as 2T": "yes" if group.mean <= twice.mean else "no",
+            }
+        )
+    return rows
+
+
+def efficiency_rows(groups: list[Group], base: dict[int, Group]) -> list[dict[str, str]]:
+    """How many tokens the reference would need for a run's final loss, by its fit, over the run's own."""
+    law = analysis.fit_power_law(list(base.values()))
+    if law is None:
+        return []
+    rows = []
+    for group in groups:
+        if group in base.values():
+            continue
+        own, needed = analysis.tokens_of(group.runs[0].config), law.tokens(group.mean)
+        ratio = "beyond the fit's floor" if needed is None else f"{needed / own:.2f}"
+        inside = needed is not None and law.covers(needed)
+        rows.append({"run": group.name, "D_eff / D": ratio, "within the fit": "yes" if inside else "no, extrapolated"})
+    return rows
 
 
 def format_table(rows: list[dict[str, str]]) -> str:
@@ -109,41 +216,42 @@ def format_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([line({c: c for c in columns}), line(rule), *(line(row) for row in rows)])
 
 
-def draw(runs: list[dict[str, Any]], png: Path) -> None:
-    """Three panels that share the loss axis, which leaves out the loss before training."""
-    import matplotlib
+def summary(run: Run) -> dict[str, Any]:
+    """A run in one small JSON object: what was asked for, where it ran, and how it ended."""
+    last, (step, estimate) = run.validations[-1], analysis.step_times([run])
+    clipped = [r["clipped"] for r in run.records if "clipped" in r]
+    return {
+        "name": run.name,
+        "finished": run.is_finished,
+        "step": last["step"],
+        "val_loss": last["val_loss"] if math.isfinite(last["val_loss"]) else None,
+        "seed": run.seed,
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+        "flops": analysis.step_flops(run.config) * last["step"],
+        "step_ms": step,
+        "hessian_ms": estimate,
+        "clipped_share": sum(clipped) / len(clipped) if clipped else None,
+        "curve": [[v["step"], round(v["val_loss"], 4)] for v in run.validations if math.isfinite(v["val_loss"])],
+        "environment": run.environment,
+        "config": run.config,
+    }
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    drawn: dict[str, int] = {}
-    one_experiment = len({run["experiment"] for run in runs}) == 1
-    for run in runs:
-        optimizer = run["optimizer"]
-        style = LINE_STYLES[drawn.get(optimizer, 0) % len(LINE_STYLES)]
-        drawn[optimizer] = drawn.get(optimizer, 0) + 1
-        points = [r for r in run["validations"] if r["step"] > 0] or run["validations"]
-        name = str(run["run"] if one_experiment else run["name"]).replace("$", r"\$")
-        label = f"{name}  {points[-1]['val_loss']:.3f}"
-        for panel, axis in zip(panels, ("step", "tokens", "seconds"), strict=True):
-            unit = 1e6 if axis == "tokens" else 1
-            xs, ys = [r[axis] / unit for r in points], [r["val_loss"] for r in points]
-            panel.plot(
-                xs, ys, style, color=COLORS.get(optimizer, "#555555"), lw=1.6, marker="o", ms=3, alpha=0.85, label=label
-            )
-    for panel, axis in zip(panels, ("steps", "million tokens", "seconds of training"), strict=True):
-        panel.set_xlabel(axis)
-        panel.grid(color="#dddddd", lw=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("validation loss, nats a token")
-    panels[-1].legend(frameon=False, title="run, final loss")
-    try:
-        png.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(png, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{png}: cannot write the picture ({error}); choose another --png") from None
-    plt.close(figure)
+def write(out: Path, runs: list[Run], report: str) -> None:
+    summaries = [summary(run) for run in runs]
+    flat = [{k: v for k, v in s.items() if k not in ("curve", "environment", "config")} for s in summaries]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(flat[0]))
+    writer.writeheader()
+    writer.writerows(flat)
+    contents = {"md": report + "\n", "csv": table.getvalue(), "json": json.dumps(summaries, indent=1) + "\n"}
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix, text in contents.items():
+        with whole_file(out / f"compare.{suffix}") as file:
+            file.write(text.encode())
+    pictures.draw_curves(runs, [out / "compare.png", out / "compare.svg"])
+    pictures.write_page(runs, report, out / "compare.html")
 
 
 if __name__ == "__main__":

@@ -19,25 +19,18 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint
-from config import Config
 from data.token_files import read_meta
 from data.tokenize import load_tokenizer
-from errors import UserError, number, reason, run_main
+from errors import UserError, number, run_main
 from model import GPT
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     path = arguments.checkpoint
-    saved = checkpoint.load_newest(path) if path.is_dir() else checkpoint.load(path)
-    if saved is None:
-        raise UserError(f"{path}: no checkpoint in it; give a run's folder or a step_….pt file")
-    try:
-        config = Config.model_validate(saved["config"])
-        model = GPT(config.model)
-        model.load_state_dict(saved["model"])
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a checkpoint of this trainer ({reason(error)})") from None
+    config, model, _ = checkpoint.load_model(path)
+    if not config.model.causal:
+        raise UserError(f"{path}: fills in masked tokens (model.causal = false) and cannot continue a text")
     tokenizer = load_tokenizer(read_meta(Path(config.data.path)).get("tokenizer", "gpt2"))
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(

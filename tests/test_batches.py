@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from config import ModelConfig
 from data.batches import (
     label_uniforms,
+    mask_tokens,
+    masked_positions,
     probe_seed,
     rank_slices,
     read_windows,
@@ -120,3 +123,29 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_token_beyond_the_vocabulary_is_refused_when_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="token 99 is beyond"):
         read_windows(np.full(50, 99, "<u2"), np.array([0]), 8, 61)
+
+
+def test_masks_cover_fifteen_percent_of_each_sequence_and_depend_on_seed_and_step_alone() -> None:
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=40, vocab_size=100, causal=False)
+    masked = masked_positions(1, 2, 1000, config)
+    assert (masked.sum(1) == 6).all()
+    assert masked.float().mean(0).sub(0.15).abs().max() < 0.05  # no place is preferred
+    assert torch.equal(masked[:10], masked_positions(1, 2, 10, config))
+    assert not torch.equal(masked, masked_positions(1, 3, 1000, config))
+    x = torch.arange(40).expand(1000, 40)
+    inputs, targets = mask_tokens(x, masked, config.mask_token)
+    assert torch.equal(torch.where(masked, targets, inputs), x)
+    assert (inputs[masked] == 99).all()
+    assert (targets[~masked] == -1).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_masked_validation_asks_for_the_same_tokens_on_any_number_of_ranks(world_size: int) -> None:
+    config = shape(100, causal=False)
+    asked = []
+    for rank in range(world_size):
+        for _, y in validation_windows(np.arange(99, dtype="<u2"), config, 0, 5, rank, world_size):
+            asked += y[y >= 0].tolist()
+    assert len(asked) == 12  # one of each window of 8
+    everything = validation_windows(np.arange(99, dtype="<u2"), config, 0, 12, 0, 1)
+    assert sorted(asked) == sorted(y[y >= 0].tolist() for _, y in everything)[0]

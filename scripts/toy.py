@@ -1,0 +1,119 @@
+"""Figure 2: five optimizers on a two-dimensional loss, sharp in one direction, flat in the other, and not convex.
+
+    python scripts/toy.py --out results/figure2
+
+L(x, y) = L1(x) + L2(y), L1(x) = 8 (x − 1)² (1.3 x² + 2 x + 1), L2(y) = (y − 4)² / 2. The minimum is (1, 4), where the
+curvature is 69 in x and 1 in y; (0, 4) is a saddle. Every optimizer knows the exact gradient, Newton and Sophia the
+exact diagonal of the Hessian. The start and the learning rates are ours: the paper's are in its picture alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from errors import run_main
+from scripts import pictures
+from sophia import SophiaG
+
+START = (0.2, 0.0)  # L1 bends downwards there
+STEPS = 50
+
+
+def loss(point: Tensor) -> Tensor:
+    x, y = point
+    return 8 * (x - 1) ** 2 * (1.3 * x**2 + 2 * x + 1) + (y - 4) ** 2 / 2
+
+
+def curvature(point: Tensor) -> Tensor:
+    """The diagonal of the Hessian."""
+    return torch.func.hessian(loss)(point.detach()).diagonal()
+
+
+def gradient_descent(p: Tensor, g: Tensor) -> None:
+    p -= 0.02 * g  # more than 2 / 69 diverges at the minimum
+
+
+def sign_descent(p: Tensor, g: Tensor) -> None:
+    p -= 0.3 * g.sign()
+
+
+def newton(p: Tensor, g: Tensor) -> None:
+    p -= g / curvature(p)
+
+
+def torch_optimizer(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[Tensor, Tensor], None]:
+    """A step function that keeps one optimizer for its one parameter."""
+    made: list[torch.optim.Optimizer] = []
+
+    def step(p: Tensor, g: Tensor) -> None:
+        if not made:
+            made.append(make([p]))
+        (optimizer,) = made
+        p.grad = g
+        if isinstance(optimizer, SophiaG):
+            optimizer.update_hessian({p: curvature(p)})
+        optimizer.step()
+
+    return step
+
+
+def methods() -> dict[str, Callable[[Tensor, Tensor], None]]:
+    return {
+        "gradient descent": gradient_descent,
+        "SignGD": sign_descent,
+        "Adam": torch_optimizer(lambda params: torch.optim.Adam(params, lr=0.3, betas=(0.9, 0.95))),
+        "Newton": newton,
+        "Sophia": torch_optimizer(
+            lambda params: SophiaG(params, lr=0.3, betas=(0.0, 0.0), rho=0.3, eps=1e-12, weight_decay=0.0)
+        ),
+    }
+
+
+def trajectory(step: Callable[[Tensor, Tensor], None], steps: int = STEPS) -> Tensor:
+    """The points (steps + 1, 2) that a method visits."""
+    p = torch.tensor(START, dtype=torch.float64)
+    points = [p.clone()]
+    for _ in range(steps):
+        step(p, torch.func.grad(loss)(p.clone()))
+        points.append(p.clone())
+    return torch.stack(points)
+
+
+def draw(paths: dict[str, Tensor], files: list[Path]) -> None:
+    plt = pictures.pyplot()
+    x, y = torch.meshgrid(torch.linspace(-0.9, 1.6, 200), torch.linspace(-0.5, 5, 200), indexing="xy")
+    figure, panel = plt.subplots(figsize=(7, 5), layout="constrained")
+    panel.contour(x, y, loss(torch.stack([x, y])), levels=[0.1, 0.5, 1, 2, 4, 6, 8, 10, 12, 16, 24], colors="#cccccc")
+    colors = ("#0072B2", "#E69F00", "#56B4E9", "#555555", "#CC3311")
+    for (name, points), color in zip(paths.items(), colors, strict=True):
+        panel.plot(points[:, 0], points[:, 1], marker="o", ms=2.5, lw=1, color=color, label=name)
+    panel.plot(1, 4, marker="*", ms=14, color="black", ls="", label="minimum")
+    panel.plot(0, 4, marker="X", ms=8, color="black", ls="", label="saddle")
+    panel.set(xlabel="x, sharp", ylabel="y, flat", xlim=(-0.9, 1.6), ylim=(-0.5, 5))
+    panel.legend(frameon=False, loc="lower left")
+    pictures.save(figure, files)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out/figure2"), help="(default: out/figure2)")
+    out = parser.parse_args().out
+    paths = {name: trajectory(step) for name, step in methods().items()}
+    lines = ["| method | x | y | loss after 50 steps |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | {p[-1, 0]:.3f} | {p[-1, 1]:.3f} | {loss(p[-1]):.2e} |" for name, p in paths.items()]
+    print("\n".join(lines))
+    draw(paths, [out / "toy.png"])
+    (out / "toy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote toy.md and toy.png to {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
