@@ -65,6 +65,7 @@ class SophiaAblation(SophiaG):
 
     def _step_unclipped(self, p: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         state = self._state(p)
+        assert p.grad is not None
         m = state["exp_avg"].lerp(p.grad, 1 - group["betas"][0])
         if self.update == "normalize":
             update = m / m.square().mean().sqrt().clamp(min=group["eps"])

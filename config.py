@@ -140,12 +140,12 @@ class OptimizerConfig(Section):
         }
         required = of_name.get(self.name, {"eps"})
         optional = {"hessian_micro_batch_size"} if hessian else set()
-        for key in list(type(self).model_fields)[5:]:  # after those that all have
-            given = getattr(self, key) is not None
-            if given and key not in required | optional:
-                raise ValueError(f"{key} is no key of {self.name}")
-            if not given and key in required:
-                raise ValueError(f"{self.name} needs {key}")
+        keys = list(type(self).model_fields)[5:]  # after those that all have
+        given = {key for key in keys if getattr(self, key) is not None}
+        for key in (key for key in keys if key in required - given):
+            raise ValueError(f"{self.name} needs {key}")
+        for key in (key for key in keys if key in given - required - optional):
+            raise ValueError(f"{key} is no key of {self.name}")
         return self
 
     @property

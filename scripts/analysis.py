@@ -25,8 +25,9 @@ from model import flops_per_token
 COMPARED = {key for key in KEYS if key.startswith("optimizer.")} | {"train.seed", "train.max_steps"} | FREE_KEYS
 # Keys that say when a run looks at itself: they change none of its losses, only which of them are known.
 OBSERVED = {"train.eval_interval"}
-# A Hessian-vector product, forward over reverse, carries a derivative through every product of a gradient.
-GRADIENTS_PER_HVP = 2
+# A Hessian-vector product, forward over reverse, has to differentiate every matrix product of a gradient, and the
+# derivative of A B is two products more, A' B + A B'.
+GRADIENTS_PER_HVP = 3
 
 
 @dataclass(frozen=True)

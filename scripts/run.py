@@ -92,11 +92,11 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--jobs", metavar="N", type=whole, default=1, help="runs at once, for small ones on a CPU")
     parser.add_argument("--print", choices=("torchrun", "slurm"), help="print the commands instead of running them")
     arguments, rest = parser.parse_known_args()
-    # train.py's own parser judges the rest, so that a misspelt key is refused here as it is there.
-    extra = {key: value for text in rest for key, _, value in [text.removeprefix("--").partition("=")]}
-    if wrong := [text for text in rest if text.removeprefix("--").split("=")[0] not in KEYS or "=" not in text]:
-        parse_command_line([str(arguments.experiment), f"--scale={arguments.scale}", wrong[0]])
+    if wrong := [text for text in rest if not text.startswith("--") or "=" not in text]:
         raise UserError(f"unknown argument {wrong[0]}; see run.py --help, and write --section.key=value for train.py")
+    extra = {key: value for text in rest for key, _, value in [text.removeprefix("--").partition("=")]}
+    if not extra.keys() <= KEYS.keys():
+        parse_command_line([str(arguments.experiment), *rest])  # which names the nearest key
     return arguments, extra
 
 

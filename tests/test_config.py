@@ -5,26 +5,31 @@ from pathlib import Path
 
 import pytest
 
-from config import KEYS, load_experiment, parse_command_line, run_names
+from config import KEYS, load_experiment, parse_command_line, read_grid, run_names
 from errors import UserError
 from tests.conftest import OPTIMIZERS, ROOT
 
 EXPERIMENTS = sorted((ROOT / "configs").glob("*.toml"))
+FOUR = [path for path in EXPERIMENTS if path.stem.startswith(("gpt2_", "quickstart"))]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("run", OPTIMIZERS)
-def test_every_experiment_file_passes_dry_run(path: Path, run: str, run_train, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("scale", ["paper", "cpu"])
+def test_every_run_of_every_file_passes_dry_run(path: Path, scale: str, run_train, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
+    if scale == "cpu" and path.stem == "quickstart":
+        pytest.skip("the quickstart has one scale")
     before = set(ROOT.iterdir())
-    run_train(path, f"--run={run}", "--dry-run")
-    printed = capsys.readouterr().out
-    for row in ("parameters", "tokens a step", "accumulation", "memory a rank", "checkpoint", "length"):
-        assert row in printed
+    for run in run_names(path, scale):
+        run_train(path, f"--run={run}", f"--scale={scale}", "--dry-run")
+        printed = capsys.readouterr().out
+        for row in ("parameters", "tokens a step", "accumulation", "memory a rank", "checkpoint", "length"):
+            assert row in printed
+        assert all(len(values) > 1 for values in read_grid(path, run, scale).values())
     assert set(ROOT.iterdir()) == before
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FOUR, ids=lambda path: path.stem)
 def test_the_runs_of_a_file_differ_in_the_optimizer_alone(path: Path) -> None:
     configs = [load_experiment(path, run).model_dump(exclude={"run", "optimizer"}) for run in run_names(path)]
     assert run_names(path) == list(OPTIMIZERS)
@@ -32,6 +37,82 @@ def test_the_runs_of_a_file_differ_in_the_optimizer_alone(path: Path) -> None:
     if path.stem.startswith("gpt2_"):
         assert configs[0]["train"]["batch_size"] * configs[0]["model"]["block_size"] == 491_520
         assert f"train.py configs/{path.name} --run=" in path.read_text()
+
+
+OVER = """
+base = "tiny.toml"
+[train]
+max_steps = 24
+[runs.lion]
+[runs.small]
+base = "sophia-g"
+optimizer.rho = 0.1
+[runs.small.grid]
+optimizer.lr = [1e-3, 2e-3]
+[scales.cpu.train]
+max_steps = 6
+[scales.cpu.runs.small]
+optimizer.lr = 5e-3
+"""
+
+
+def test_a_file_stands_on_its_base_and_a_scale_on_both(experiment: Path) -> None:
+    text = experiment.read_text() + "[runs.lion.grid]\noptimizer.lr = [1.0]\n[scales.cpu.train]\nwarmup_steps = 1\n"
+    experiment.write_text(text + "[scales.cpu.runs.sophia-g.optimizer]\nbeta1 = 0.5\n")
+    over = experiment.with_name("over.toml")
+    over.write_text(OVER)
+    assert run_names(over) == ["lion", "small"]
+    paper, cpu = (load_experiment(over, "small", None, scale) for scale in ("paper", "cpu"))
+    assert (paper.experiment, cpu.experiment) == ("over", "over-cpu")
+    assert (paper.train.max_steps, paper.train.warmup_steps, paper.optimizer.beta1) == (24, 2, 0.96)
+    assert (cpu.train.max_steps, cpu.train.warmup_steps, cpu.optimizer.beta1) == (6, 1, 0.5)
+    assert (paper.optimizer.rho, paper.optimizer.lr, cpu.optimizer.rho, cpu.optimizer.lr) == (0.1, 1e-3, 0.1, 5e-3)
+    assert read_grid(over, "small") == {"optimizer.lr": ["0.001", "0.002"]}
+    assert read_grid(over, "lion") == {}  # a grid belongs to its file
+    top = experiment.with_name("top.toml")
+    top.write_text('base = "over.toml"\n[runs.small]\n')
+    assert load_experiment(top, "small").optimizer.rho == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('base = "none.toml"\n[runs.lion]', "cannot read the experiment file"),
+        ('base = "over.toml"\n[runs.lion]', "stands on this file itself"),
+        ('base = "tiny.toml"\n[runs.lion]\nbase = "tiger"', "base = 'tiger' is no run of the base file"),
+        ('base = "tiny.toml"', "no runs"),
+        ('base = "tiny.toml"\n[runs]\nlion = 3', "no runs"),
+        ('base = "tiny.toml"\nscales = 3\n[runs.lion]', "scales must be tables"),
+        (
+            'base = "tiny.toml"\n[runs.lion.grid]\noptimizer.lrr = [1]',
+            r"unknown key optimizer.lrr in its grid; did you",
+        ),
+        ('base = "tiny.toml"\n[runs.lion.grid]\noptimizer.lr = 1', "must be a list of values"),
+        ('base = "tiny.toml"\n[runs.lion.grid]\noptimizer.lr = []', "must be a list of values"),
+        ('base = "tiny.toml"\n[runs.lion]\ngrid = 3', "a grid looks like this"),
+    ],
+)
+def test_bad_bases_scales_and_grids_are_refused(experiment: Path, text: str, says: str) -> None:
+    over = experiment.with_name("over.toml")
+    over.write_text(text)
+
+    def load() -> None:
+        load_experiment(over, "lion")
+        read_grid(over, "lion")
+
+    with pytest.raises(UserError, match=says) as error:
+        load()
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_may_have_another_name_and_an_unknown_scale_is_refused(experiment: Path) -> None:
+    config, _ = parse_command_line([str(experiment), "--run=lion", "--name=lion,seed=2"])
+    assert config.run_dir.name == "lion,seed=2"
+    for wrong in ("../x", "", "a/b"):
+        with pytest.raises(UserError, match="cannot name a folder"):
+            parse_command_line([str(experiment), "--run=lion", f"--name={wrong}"])
+    with pytest.raises(UserError, match="has no scale 'gpu'; use one of: paper"):
+        parse_command_line([str(experiment), "--run=lion", "--scale=gpu"])
 
 
 def test_the_command_line_overrides_the_run_and_the_run_the_file(experiment: Path) -> None:
@@ -74,6 +155,10 @@ def test_help_lists_every_key_with_its_default(capsys) -> None:
         (["--run=adamw", "--optimizer.name=lion"], "optimizer: eps is no key of lion"),
         (["--run=adamw", "--model.n_head=3"], "n_embd 16 is no multiple of n_head 3"),
         (["--run=sophia-g", "--optimizer.hessian_batch_size=9"], "larger than train.batch_size"),
+        (["--run=sophia-g", "--optimizer.estimator=gnb"], "optimizer: estimator is no key of sophia-g"),
+        (["--run=sophia-g", "--optimizer.name=sophia-ablation"], "sophia-ablation needs estimator"),
+        (["--run=adamw", "--optimizer.name=adahessian"], "adahessian needs hessian_interval"),
+        (["--run=adamw", "--optimizer.name=muon", "--train.shard_optimizer=true"], "cannot share out muon"),
     ],
 )
 def test_bad_arguments_end_in_one_line(experiment: Path, run_train, capsys, arguments: list[str], says: str) -> None:

@@ -24,7 +24,17 @@ from tests.conftest import TINY
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=200)
 settings.load_profile("repeatable")
 
-TEXT = TINY.format(data="data", out="out")
+TEXT = (
+    TINY.format(data="data", out="out")
+    + """
+[runs.lion.grid]
+optimizer.lr = [1e-3, 1e-2]
+[scales.cpu.train]
+max_steps = 6
+[scales.cpu.runs.lion.optimizer]
+lr = 1e-4
+"""
+)
 ODD = ["0", "-1", "1e400", "nan", "inf", "1.5", "true", '"x"', '""', "[]", "[1, 2]", "{}", "{a = 1}", "1979-05-27"]
 ODD += [30 * "9", 5000 * "9", 3000 * "["]
 VALUES = st.sampled_from(ODD)
@@ -59,6 +69,7 @@ def test_experiment_files(edits: list) -> None:
         content = mutate(TEXT, edits).encode("utf-8", "surrogatepass")
         path.write_bytes(content)
         one_line_or_config([str(path), "--run=sophia-g"])
+        one_line_or_config([str(path), "--run=lion", "--scale=cpu"])
         assert path.read_bytes() == content
 
 

@@ -15,7 +15,7 @@ import torch
 
 from config import ModelConfig
 from model import GPT
-from scripts import compare, sample
+from scripts import sample
 from tests.conftest import OPTIMIZERS, ROOT, read_lines
 from tests.wandb_file import read_history
 
@@ -33,58 +33,26 @@ def refused(name: str, *arguments: object) -> str:
     return error
 
 
-def test_compare_prints_the_table_and_draws_the_picture(experiment: Path, run_train, tmp_path: Path) -> None:
+def test_compare_prints_what_the_runs_logged(experiment: Path, run_train, tmp_path: Path) -> None:
     for run in OPTIMIZERS:
         run_train(experiment, f"--run={run}")
     done = run_script("compare.py", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in done.stdout.splitlines()]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
     rows = [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:6]]
-    assert [row["run"] for row in rows] == [f"tiny/{run}" for run in OPTIMIZERS]
     for row, run in zip(rows, OPTIMIZERS, strict=True):
-        losses = [loss for _, loss in read_lines(tmp_path / "out/tiny" / run, "val_loss")]
-        assert row["val loss"] == f"{losses[-1]:.4f}"
-        assert row["best"] == f"{min(losses):.4f}"
-        assert row["steps"] == "12"
-        assert (row["T(Hessian) ms"] == "–") == (not run.startswith("sophia"))
-    picture = (tmp_path / "out/compare.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) > 20_000
+        last = read_lines(tmp_path / "out/tiny" / run, "val_loss")[-1]
+        assert (row["run"], row["steps"], row["val loss"]) == (f"tiny/{run}", "12", f"{last[1]:.4f}")
+    assert (tmp_path / "out/compare.png").stat().st_size > 20_000
 
 
-def test_table_row_works_out_known_numbers() -> None:
-    records = [
-        {"step": i, "loss": 1.0, "step_ms": ms, "tokens": 100 * i, "seconds": 2.0 * i, "clipped": i == 1}
-        for i, ms in enumerate((9000.0, 10.0, 12.0, 11.0), start=1)
-    ]
-    records[3]["hessian_ms"] = 7.0
-    validations = [{"val_loss": loss} for loss in (3.0, 1.0, 1.5)]
-    row = compare.table_row({"name": "a/b", "records": records, "validations": validations})
-    assert row == {
-        "run": "a/b",
-        "val loss": "1.5000",
-        "best": "1.0000",
-        "steps": "4",
-        "tokens": "0.0M",
-        "hours": "0.002",
-        "T(step) ms": "11.5",
-        "T(Hessian) ms": "7.0",
-        "tokens/s": "50",
-        "clipped": "25.0%",
-    }
-
-
-def test_compare_says_which_run_is_unfinished_and_refuses_nothing_to_compare(
-    experiment: Path, run_train, tmp_path: Path
-) -> None:
+def test_compare_refuses_what_it_cannot_read_or_write(experiment: Path, run_train, tmp_path: Path) -> None:
     assert "no run with a validation" in refused("compare.py", tmp_path)
+    assert "what is to be compared?" in refused("compare.py")
     run_train(experiment, "--run=adamw")
     metrics = tmp_path / "out/tiny/adamw/metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:7]) + '{"torn')
-    done = run_script("compare.py", tmp_path / "out/tiny", "--png", tmp_path / "a.png")
-    assert done.returncode == 0, done.stderr
-    assert "tiny/adamw is unfinished" in done.stdout
-    assert "cannot write the picture" in refused("compare.py", tmp_path / "out", "--png", tmp_path / "a.xyz")
+    assert "is a file; --out takes the name of a folder" in refused("compare.py", tmp_path / "out", "--out", metrics)
     (tmp_path / "out/tiny/adamw/config.json").write_text("{")
     assert "damaged" in refused("compare.py", tmp_path / "out")
 
