@@ -94,7 +94,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": name,
         "world_size": world_size,
-        "command": " ".join(sys.argv),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

@@ -245,7 +245,8 @@ def write(out: Path, runs: list[Run], report: str) -> None:
     writer = csv.DictWriter(table, list(flat[0]))
     writer.writeheader()
     writer.writerows(flat)
-    contents = {"md": report + "\n", "csv": table.getvalue(), "json": json.dumps(summaries, indent=1) + "\n"}
+    lines = ",\n".join(json.dumps(s) for s in summaries)  # a run a line
+    contents = {"md": report + "\n", "csv": table.getvalue(), "json": f"[\n{lines}\n]\n"}
     out.mkdir(parents=True, exist_ok=True)
     for suffix, text in contents.items():
         with whole_file(out / f"compare.{suffix}") as file:
