@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,8 +167,13 @@ def wandb_runs(path: str) -> list[Run]:
 def _from_wandb(run: Any) -> Run:
     config = dict(run.config)
     environment = config.pop("environment", {})
-    rows = [{key: value for key, value in row.items() if value is not None} for row in run.scan_history()]
+    rows = [{key: _number(value) for key, value in row.items() if value is not None} for row in run.scan_history()]
     return Run(config, environment, *split_records(sorted(rows, key=lambda row: row["step"])))
+
+
+def _number(value: Any) -> Any:
+    """wandb's service writes NaN and infinity as text."""
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
@@ -279,14 +285,16 @@ def fit_power_law(groups: list[Group]) -> PowerLaw | None:
     scaled = tokens / tokens[0]
     spread = losses.max() - losses.min()
     try:
-        (a, b, c), _ = curve_fit(
-            lambda d, a, b, c: a * d**-b + c,
-            scaled,
-            losses,
-            p0=(2 * spread, 0.5, losses.min() - spread),
-            bounds=((0, 1e-2, 0), (np.inf, 5, np.inf)),
-            max_nfev=20_000,
-        )
+        with warnings.catch_warnings():  # three points leave no covariance, and none is asked for
+            warnings.simplefilter("ignore")
+            (a, b, c), _ = curve_fit(
+                lambda d, a, b, c: a * d**-b + c,
+                scaled,
+                losses,
+                p0=(2 * spread, 0.5, losses.min() - spread),
+                bounds=((0, 1e-2, 0), (np.inf, 5, np.inf)),
+                max_nfev=20_000,
+            )
     except (RuntimeError, ValueError):
         return None
     return PowerLaw(float(a), float(b), float(c), float(tokens[0]), float(tokens[0]), float(tokens[-1]))

@@ -170,13 +170,15 @@ def test_wandb_runs_are_read_like_folders(tmp_path: Path, monkeypatch) -> None:
     import wandb
 
     write_run(tmp_path, "adamw", [3.0, 2.0])
+    write_run(tmp_path, "lion", [3.0, math.nan])
     write_run(tmp_path, "sophia-g", [3.0, 1.9])
     local = analysis.find_runs([tmp_path])
 
     class Stored:
         def __init__(self, run: analysis.Run) -> None:
             self.config = run.config | {"environment": run.environment}
-            self.rows = [{"val_loss": None} | row for row in run.records] + run.validations
+            rows = [{"val_loss": None} | row for row in run.records] + run.validations
+            self.rows = [{k: "NaN" if v != v else v for k, v in row.items()} for row in rows]
 
         def scan_history(self) -> list[dict[str, Any]]:
             return self.rows
