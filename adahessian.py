@@ -92,10 +92,10 @@ class AdaHessian(Optimizer):
     def _step(self, p: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         state, (beta1, beta2) = self.state[p], group["betas"]
         skip = torch.zeros((), device=p.device) if found_inf is None else found_inf
-        state["step"].add_(1 - skip)
+        state["steps"].add_(1 - skip)
         m = torch.where(skip.bool(), state["exp_avg"], state["exp_avg"].lerp(p.grad, 1 - beta1))
         state["exp_avg"].copy_(m)
-        corrected_m = m / (1 - beta1 ** state["step"].clamp(min=1))
+        corrected_m = m / (1 - beta1 ** state["steps"].clamp(min=1))
         corrected_v = state["exp_hessian_sq"] / (1 - beta2 ** state["estimates"].clamp(min=1))
         update = corrected_m / (corrected_v.sqrt().pow(group["hessian_power"]) + group["eps"])
         lr = group["lr"] * (1 - skip.to(p.dtype))
@@ -104,7 +104,8 @@ class AdaHessian(Optimizer):
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), device=param.device)
+            # Not "step": Optimizer.load_state_dict would leave a tensor of that name on the CPU.
+            state["steps"] = torch.zeros((), device=param.device)
             state["estimates"] = torch.zeros((), device=param.device)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_hessian_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)

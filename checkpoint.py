@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import FREE_KEYS, KEYS, Config
+from config import FREE_KEYS, KEYS, Config, value_of
 from data.token_files import fingerprint
 from errors import UserError, reason
 from files import whole_file
@@ -126,11 +126,9 @@ def load_model(path: Path) -> tuple[Config, GPT, int]:
 def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:
     """A resumed run must be the same run: only keys that change no result may differ."""
     now = config.model_dump()
-    for key in KEYS:
-        section, name = key.split(".")
-        before = saved.get(section, {}).get(name)
-        if key not in FREE_KEYS and now[section][name] != before:
+    for key in KEYS.keys() - FREE_KEYS:
+        if value_of(now, key) != (before := value_of(saved, key)):
             raise UserError(
-                f"{config.run_dir}: was begun with {key} = {before}, now it is {now[section][name]}; "
+                f"{config.run_dir}: was begun with {key} = {before}, now it is {value_of(now, key)}; "
                 f"set it back, or choose another --train.out_dir"
             )

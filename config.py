@@ -218,6 +218,13 @@ FREE_KEYS = {
 }
 
 
+def value_of(tree: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key in a stored config; the key's default where the config is older than the key."""
+    section, name = key.split(".")
+    default = None if KEYS[key].is_required() else KEYS[key].default
+    return tree.get(section, {}).get(name, default)
+
+
 def parse_command_line(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """`EXPERIMENT.toml --run=NAME [--scale=S] [--resume] [--section.key=value …]` → the resolved run and the flags.
 
@@ -316,7 +323,7 @@ def _extend(path: Path, base: dict[str, Any], tree: dict[str, Any]) -> dict[str,
     runs = tree.get("runs", {})
     origins = {name: table.get("base", name) for name, table in runs.items()}
     for name, table in runs.items():
-        if "base" in table and table["base"] not in base.get("runs", {}):
+        if "base" in table and str(table["base"]) not in base.get("runs", {}):
             raise UserError(f"{path}, run {name}: base = {table['base']!r} is no run of the base file")
 
     def runs_of(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -326,6 +333,9 @@ def _extend(path: Path, base: dict[str, Any], tree: dict[str, Any]) -> dict[str,
 
     merged = _merge(base, tree) | {"runs": runs_of(base, tree)}
     below, above = base.get("scales", {}), tree.get("scales", {})
+    for scale, table in above.items():
+        if lost := table.get("runs", {}).keys() - runs.keys():
+            raise UserError(f"{path}: [scales.{scale}.runs.{min(lost)}] is no run of this file; name it in [runs] too")
     for scale, table in merged.get("scales", {}).items():
         table["runs"] = runs_of(below.get(scale, {}), above.get(scale, {}))
     return merged

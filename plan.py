@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from config import Config
 from errors import UserError
-from model import activation_bytes, flops_per_token, hvp_bytes, num_parameters
+from model import GPT, activation_bytes, flops_per_token, hvp_bytes, num_parameters
 
 # A parameter's probe, product and estimate in fp32, less the gradient that a training step would have.
 PROBE_BYTES = 8
@@ -55,11 +57,26 @@ def hvp_memory(config: Config) -> int:
     return hvp_bytes(config.model, dtype, config.train.compile)
 
 
+def optimizer_numbers(config: Config) -> int:
+    """How many numbers the optimizer keeps."""
+    with torch.device("meta"):
+        shapes = [(p.shape, "blocks" in name and p.ndim == 2) for name, p in GPT(config.model).named_parameters()]
+    kept = 0
+    for shape, decays in shapes:
+        momentum_alone = config.optimizer.name == "lion" or (config.optimizer.name == "muon" and decays)
+        kept += shape.numel() * (1 if momentum_alone else 2)
+        if (
+            config.optimizer.name == "soap" and len(shape) == 2
+        ):  # a factor and its basis a side, up to 10,000 (its default)
+            kept += sum(2 * side**2 for side in shape if side <= 10_000)
+    return kept
+
+
 def print_plan(config: Config, world_size: int, device: str) -> None:
     """--dry-run: what this run would be, before any of it exists."""
     recipe = config.train
     n = num_parameters(config.model)
-    states = 1 if config.optimizer.name == "lion" else 2
+    states = optimizer_numbers(config) / n
     shares = world_size if recipe.shard_optimizer else 1
     fixed = 4 * n * (2 + states / shares) + (0 if recipe.dtype == "float32" else 2 * n)  # autocast copies the weights
     activations = activation_bytes(config.model, recipe.dtype, recipe.micro_batch_size, recipe.loss_chunk)

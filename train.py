@@ -268,7 +268,7 @@ def save(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
 
 
 def make_step(run: Run, step: int) -> dict[str, Any]:
-    """One update, from batch number `step`. Nothing here waits for the device (but fp16's scaler, which must)."""
+    """One update, from batch number `step`. Nothing waits for the device (but fp16's scaler, Muon and SOAP must)."""
     config, place, optimizer = run.config, run.place, run.optimizer
     lr = learning_rate(config, step)
     for group in optimizer.param_groups:

@@ -17,15 +17,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from config import FREE_KEYS, KEYS, ModelConfig, OptimizerConfig
+from config import FREE_KEYS, KEYS, ModelConfig, OptimizerConfig, value_of
 from errors import UserError, reason
 from metrics import read_metrics
 from model import flops_per_token
 
-# What may differ between runs that are compared: what is compared, what is repeated over, what changes no result.
-COMPARED = {key for key in KEYS if key.startswith("optimizer.")} | {"train.seed", "train.max_steps"} | FREE_KEYS
-# Keys that say when a run looks at itself: they change none of its losses, only which of them are known.
-OBSERVED = {"train.eval_interval"}
+# Keys that decide a run's losses. A run may be resumed where its data have moved to, but another path is other data
+# until someone says otherwise; and how often a run is validated changes none of its losses.
+DECISIVE = KEYS.keys() - FREE_KEYS - {"train.eval_interval"} | {"data.path"}
+# Of these, what may differ between runs that are compared: what is compared, and what is repeated over.
+COMPARED = {key for key in KEYS if key.startswith("optimizer.")} | {"train.seed", "train.max_steps"}
 # A Hessian-vector product, forward over reverse, has to differentiate every matrix product of a gradient, and the
 # derivative of A B is two products more, A' B + A B'.
 GRADIENTS_PER_HVP = 3
@@ -43,6 +44,11 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.config['experiment']}/{self.config['run']}"
+
+    @property
+    def table(self) -> str:
+        """The run's name in its experiment file, without what varies from it."""
+        return self.config["run"].split(",")[0]
 
     @property
     def optimizer(self) -> str:
@@ -67,8 +73,8 @@ class Run:
     @cached_property
     def settings(self) -> str:
         """All that decides the result but the seed, as a text that equals that of a run with another seed."""
-        kept = sorted(KEYS.keys() - FREE_KEYS - OBSERVED - {"train.seed"})
-        return json.dumps({key: value_of(self.config, key) for key in kept})
+        kept = sorted(DECISIVE - {"train.seed"})
+        return json.dumps([self.table, *(value_of(self.config, key) for key in kept)])
 
 
 @dataclass(frozen=True)
@@ -97,18 +103,16 @@ class Group:
         return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
 
     @property
+    def table(self) -> str:
+        return self.runs[0].table
+
+    @property
     def optimizer(self) -> str:
         return self.runs[0].optimizer
 
     @property
     def horizon(self) -> int:
         return self.runs[0].horizon
-
-
-def value_of(config: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where an older run does not know the key."""
-    section, name = key.split(".")
-    return config.get(section, {}).get(name)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
@@ -188,7 +192,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 def confounders(runs: list[Run]) -> list[str]:
     """What differs between the runs though it is not the optimizer: `key: value, value`, a line a key."""
     lines = []
-    for key in sorted(KEYS.keys() - COMPARED - OBSERVED):
+    for key in sorted(DECISIVE - COMPARED):
         values = sorted({json.dumps(value_of(run.config, key)) for run in runs})
         if len(values) > 1:
             lines.append(f"{key}: {', '.join(values)}")
@@ -228,26 +232,21 @@ class Difference:
     """Mean of a's losses less b's, and how likely one at least so large is if the optimizer made none."""
 
     mean: float
-    p: float | None  # None: too few seeds to say
-    test: str
+    p: float | None  # None: too few seeds to say, or no difference in any
+    seeds: int
 
 
 def compare_losses(a: Group, b: Group) -> Difference:
-    """A paired t-test where both have the same seeds (same weights and batches), Welch's where they do not."""
+    """Over the seeds that both have, which are the same weights and batches: their difference, by a paired t-test."""
     from scipy import stats
 
     seeds = sorted(a.losses.keys() & b.losses.keys())
-    if len(seeds) >= 2 and len(seeds) == len(a.losses) == len(b.losses):
-        pairs = [[group.losses[seed] for seed in seeds] for group in (a, b)]
-        return Difference(a.mean - b.mean, _p_value(stats.ttest_rel(*pairs)), f"paired t-test, {len(seeds)} seeds")
-    if min(len(a.losses), len(b.losses)) >= 2:
-        result = stats.ttest_ind(list(a.losses.values()), list(b.losses.values()), equal_var=False)
-        return Difference(a.mean - b.mean, _p_value(result), "Welch's t-test")
-    return Difference(a.mean - b.mean, None, "one seed")
-
-
-def _p_value(result: Any) -> float | None:
-    return float(result.pvalue) if math.isfinite(result.pvalue) else None
+    if not seeds:
+        return Difference(a.mean - b.mean, None, 0)
+    pairs = [[group.losses[seed] for seed in seeds] for group in (a, b)]
+    mean = statistics.fmean(pairs[0]) - statistics.fmean(pairs[1])
+    p = float(stats.ttest_rel(*pairs).pvalue) if len(seeds) > 1 else math.nan
+    return Difference(mean, p if math.isfinite(p) else None, len(seeds))
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ def fit_power_law(groups: list[Group]) -> PowerLaw | None:
                 lambda d, a, b, c: a * d**-b + c,
                 scaled,
                 losses,
-                p0=(2 * spread, 0.5, losses.min() - spread),
+                p0=(2 * spread, 0.5, max(0.0, losses.min() - spread)),
                 bounds=((0, 1e-2, 0), (np.inf, 5, np.inf)),
                 max_nfev=20_000,
             )

@@ -5,7 +5,7 @@
     python scripts/compare.py --wandb me/sophia-gpt2/gpt2_125m --out results/mine
 
 Writes compare.md, .csv, .json, .png, .svg and .html. Runs that differ in their seed alone are one line: mean ± standard
-deviation, and the p-value of a t-test against the reference at the same horizon (paired where the seeds are the same).
+deviation, and against the reference at the same horizon the difference over common seeds, with its paired t-test.
 A speed-up is read from whole, fully decayed schedules alone. In the middle of one, the learning rate decides the loss:
 unfinished runs are drawn but not compared, and no number of steps is ever read off a curve.
 """
@@ -77,16 +77,12 @@ def make_report(runs: list[Run], reference: str | None, target: float | None) ->
 
 def references(groups: list[Group], name: str | None) -> dict[int, Group]:
     """{horizon: the group to compare with}, all of one run of the file; of a sweep's settings, the best."""
-    chosen = [g for g in groups if name in (table_of(g), g.name)] if name else [g for g in groups if _is_adamw(g)][:1]
+    chosen = [g for g in groups if name in (g.table, g.name)] if name else [g for g in groups if _is_adamw(g)][:1]
     if name and not chosen:
-        raise UserError(f"--reference={name}: no such finished run; there are: {', '.join(map(table_of, groups))}")
-    rivals = [group for group in groups if chosen and table_of(group) == table_of(chosen[0])]
+        there = ", ".join(dict.fromkeys(group.table for group in groups))
+        raise UserError(f"--reference={name}: no such finished run; there are: {there}")
+    rivals = [group for group in groups if chosen and group.table == chosen[0].table]
     return {group.horizon: group for group in sorted(rivals, key=lambda group: group.mean, reverse=True)}
-
-
-def table_of(group: Group) -> str:
-    """The run's name in its experiment file."""
-    return group.name.split("/")[-1].split(",")[0]
 
 
 def _is_adamw(group: Group) -> bool:
@@ -107,11 +103,12 @@ def loss_row(group: Group, base: dict[int, Group]) -> dict[str, str]:
     }
     reference = base.get(group.horizon)
     if reference is None or reference is group:
-        return row | {"less reference": "–", "p": "–"}
+        return row | {"less reference": "–", "p": "–", "pairs": "–"}
     difference = analysis.compare_losses(group, reference)
     return row | {
         "less reference": f"{difference.mean:+.4f}",
-        "p": "one seed" if difference.p is None else f"{difference.p:.3f}",
+        "p": "–" if difference.p is None else f"{difference.p:.3f}",
+        "pairs": str(difference.seeds),
     }
 
 
@@ -140,14 +137,14 @@ def target_rows(groups: list[Group], base: dict[int, Group], target: float | Non
     """For each run of the file, its shortest schedule that ends at the target or below."""
     if target is None:
         # The reference's loss at the longest horizon that another run has too: who gets there with less?
-        shared = [g.horizon for g in groups if g.horizon in base and table_of(g) != table_of(base[g.horizon])]
+        shared = [g.horizon for g in groups if g.horizon in base and g.table != base[g.horizon].table]
         if not shared:
             return []
         target = base[max(shared)].mean
-    tables = list(dict.fromkeys(table_of(group) for group in groups))
+    tables = list(dict.fromkeys(group.table for group in groups))
     rows = []
     for table in tables:
-        reached = [g for g in groups if table_of(g) == table and g.mean <= target]
+        reached = [g for g in groups if g.table == table and g.mean <= target]
         row = {"run": table, "target": f"{target:.4f}"}
         if not reached:
             rows.append(row | {"steps": "not reached"})
@@ -204,8 +201,8 @@ def efficiency_rows(groups: list[Group], base: dict[int, Group]) -> list[dict[st
 
 def format_table(rows: list[dict[str, str]]) -> str:
     """Rows as a Markdown table with aligned columns, names to the left and numbers to the right."""
-    columns = max((list(row) for row in rows), key=len)
-    widths = {c: max(len(c), *(len(row.get(c, "")) for row in rows)) for c in columns}
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    widths = {c: max(2, len(c), *(len(row.get(c, "")) for row in rows)) for c in columns}
 
     def line(cells: dict[str, str]) -> str:
         texts = {c: cells.get(c, "") for c in columns}

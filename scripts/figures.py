@@ -25,7 +25,7 @@ from errors import UserError, run_main
 from model import num_parameters
 from scripts import analysis, pictures
 from scripts.analysis import Group, Run, value_of
-from scripts.compare import format_table, table_of
+from scripts.compare import format_table
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def sweep(runs: list[Run], arguments: argparse.Namespace) -> tuple[list[dict[str
         x, y = value_of(config, arguments.x), value_of(config, arguments.y) if arguments.y else None
         if not isinstance(x, int | float):
             continue
-        name = table_of(group) + ("" if y is None else f", {arguments.y.split('.')[1]} {y:g}")
+        name = group.table + ("" if y is None else f", {arguments.y.split('.')[1]} {y}")
         cells = lines.setdefault(name, {})
         cells[x] = min(cells.get(x, float("inf")), group.mean)
     if not lines:
@@ -95,14 +95,15 @@ def sweep(runs: list[Run], arguments: argparse.Namespace) -> tuple[list[dict[str
 
 
 def clipped(runs: list[Run], arguments: argparse.Namespace) -> tuple[list[dict[str, str]], Any]:
-    """How many steps so far had a gradient beyond the limit, for the first seed of each run."""
+    """How many steps so far had a gradient beyond the limit, for the first seed of each run at its longest horizon."""
     plt = pictures.pyplot()
     figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
     rows = []
-    for group in analysis.group_runs(runs):
+    longest = max(run.horizon for run in runs)
+    for group in analysis.group_runs(run for run in runs if run.horizon == longest):
         run = group.runs[0]
         counts = list(itertools.accumulate(int(r["clipped"]) for r in run.records))
-        panel.plot([r["step"] for r in run.records], counts, color=color_of(run), label=table_of(group))
+        panel.plot([r["step"] for r in run.records], counts, color=color_of(run), label=group.name.split("/")[1])
         rows.append({"run": group.name, "steps": str(len(counts)), "clipped": f"{counts[-1] / len(counts):.1%}"})
     panel.set(xlabel="steps", ylabel="steps with a clipped gradient")
     panel.legend(frameon=False, fontsize="small")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything under results/cpu/, run again: tuned settings, seeds, horizons, ablations. About two hours on two cores.
+# Everything under results/cpu/ but the search for the settings, run again. About two hours on two cores.
 #
 #   bash scripts/results.sh [JOBS]       # default: 2 runs at once
 #

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -27,11 +28,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import refuse_other_run
-from config import KEYS, PAPER, Config, load_experiment, parse_command_line, read_grid, run_names
+from config import KEYS, PAPER, Config, load_experiment, parse_command_line, read_grid, run_names, value_of
 from errors import UserError, number, run_main
 from scripts.analysis import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
+# How train.py ends after a signal to stop, by itself or at once: then the user wants all of it to stop.
+STOPPED = {128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)} | {-signal.SIGINT, -signal.SIGTERM}
 SLURM = """#!/usr/bin/env bash
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
@@ -65,6 +68,7 @@ def main() -> None:
     failed = run_all(arguments, trials)
     if arguments.sweep:
         print(sweep_report(arguments, trials))
+        failed = []  # a learning rate that fails is a result
     else:
         print(f"compare them:  python scripts/compare.py {shlex.quote(str(trials[0].config.run_dir.parent))}")
     if failed:
@@ -96,7 +100,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"unknown argument {wrong[0]}; see run.py --help, and write --section.key=value for train.py")
     extra = {key: value for text in rest for key, _, value in [text.removeprefix("--").partition("=")]}
     if not extra.keys() <= KEYS.keys():
-        parse_command_line([str(arguments.experiment), *rest])  # which names the nearest key
+        parse_command_line([str(arguments.experiment), *rest])  # names the nearest key, where there is one
+        raise UserError(f"unknown argument {rest[0]}; see run.py --help")
     return arguments, extra
 
 
@@ -142,13 +147,8 @@ def grid_points(arguments: argparse.Namespace, name: str, base: Config) -> list[
         return []
     if arguments.sweep == "product":
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    centre = {key: as_text(value_at(base, key)) for key in grid}
+    centre = {key: as_text(value_of(base.model_dump(), key)) for key in grid}
     return [centre] + [centre | {key: v} for key, values in grid.items() for v in values if v != centre[key]]
-
-
-def value_at(config: Config, key: str) -> object:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def as_text(value: object) -> str:
@@ -186,7 +186,7 @@ def run_all(arguments: argparse.Namespace, trials: list[Trial]) -> list[str]:
         try:
             for done, (trial, result) in enumerate(results, start=1):
                 status = result.result()
-                if status >= 128 or status < 0:  # a signal: the user wants all of it to stop
+                if status in STOPPED:
                     raise KeyboardInterrupt
                 failed += [trial.name] if status else []
                 minutes = (time.monotonic() - started) / 60
@@ -223,19 +223,25 @@ def is_finished(trial: Trial) -> bool:
     run = read_run(folder) if (folder / "metrics.jsonl").exists() else None
     if run is None:
         return False
-    refuse_other_run(trial.config, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    refuse_other_run(trial.config, run.config)
+    if trial.config.data.path != run.config["data"]["path"]:
+        raise UserError(
+            f"{folder}: was trained on {run.config['data']['path']}, not on {trial.config.data.path}; "
+            f"choose another --train.out_dir"
+        )
     return run.is_finished
 
 
 def outcome(trial: Trial) -> str:
     loss = final_loss(trial)
-    return "failed" if loss is None else f"validation loss {loss:.4f}"
+    return "failed" if loss == math.inf else f"validation loss {loss:.4f}"
 
 
-def final_loss(trial: Trial) -> float | None:
+def final_loss(trial: Trial) -> float:
+    """Infinite of a run that did not come to its end, or that ended with no number."""
     folder = trial.config.run_dir
     run = read_run(folder) if (folder / "metrics.jsonl").exists() else None
-    return run.final_loss if run and run.is_finished else None
+    return run.final_loss if run and run.is_finished and math.isfinite(run.final_loss) else math.inf
 
 
 def sweep_report(arguments: argparse.Namespace, trials: list[Trial]) -> str:
@@ -246,16 +252,17 @@ def sweep_report(arguments: argparse.Namespace, trials: list[Trial]) -> str:
     lines = []
     rivals: dict[str, list[Trial]] = {}
     for trial in trials:
-        shared = trial.config.model_dump_json(exclude={"optimizer", "run"})
-        rivals.setdefault(trial.table + shared, []).append(trial)
+        tuned = read_grid(arguments.experiment, trial.table, arguments.scale).keys()
+        tree = trial.config.model_dump()
+        shared = [value_of(tree, key) for key in KEYS if not key.startswith("optimizer.") and key not in tuned]
+        rivals.setdefault(f"{trial.table} {shared}", []).append(trial)
     for group in rivals.values():
         losses = {trial.name: final_loss(trial) for trial in group}
-        best = min(group, key=lambda trial: losses[trial.name] or float("inf"))
+        best = min(group, key=lambda trial: losses[trial.name])
         for trial in group:
-            loss = losses[trial.name]
-            mark = "*" if trial is best and loss is not None else " "
-            lines.append(f"{mark} {'failed' if loss is None else f'{loss:.4f}'}  {trial.name}")
-        if losses[best.name] is not None:
+            mark = "*" if trial is best and losses[best.name] < math.inf else " "
+            lines.append(f"{mark} {losses[trial.name]:.4f}  {trial.name}".replace(" inf ", " failed "))
+        if losses[best.name] < math.inf:
             lines += edge_warnings(arguments, best)
     return "\n".join(lines)
 
@@ -264,7 +271,7 @@ def edge_warnings(arguments: argparse.Namespace, best: Trial) -> list[str]:
     """An optimum at the end of a numeric axis may lie beyond it."""
     lines = []
     for key, values in read_grid(arguments.experiment, best.table, arguments.scale).items():
-        value = value_at(best.config, key)
+        value = value_of(best.config.model_dump(), key)
         try:
             numbers = sorted({float(v) for v in values})
         except ValueError:

@@ -68,7 +68,33 @@ def test_seeds_are_gathered_with_their_deviation_and_a_paired_test(tmp_path: Pat
     assert (two["less reference"], two["p"]) == ("-0.1000", f"{p:.3f}")
     difference = analysis.compare_losses(*reversed(analysis.group_runs(analysis.find_runs([tmp_path]))))
     assert difference.p == pytest.approx(p)
-    assert difference.test == "paired t-test, 3 seeds"
+    assert difference.seeds == 3
+    assert rows(report(tmp_path, "sophia-g"), "Final losses")[0]["less reference"] == "+0.1000"
+
+
+def test_only_common_seeds_are_compared_and_one_has_no_p(tmp_path: Path) -> None:
+    for seed, loss in enumerate([2.0, 2.1, 9.0], start=1):
+        write_run(tmp_path, "adamw", [loss], train__seed=seed)
+    for seed, loss in enumerate([2.1, 2.3], start=1):
+        write_run(tmp_path, "lion", [loss], train__seed=seed)
+    write_run(tmp_path, "sophia-g", [1.9], train__seed=1)
+    _, lion, sophia = rows(report(tmp_path), "Final losses")
+    assert (lion["less reference"], lion["pairs"]) == ("+0.1500", "2")
+    assert (sophia["less reference"], sophia["p"], sophia["pairs"]) == ("-0.1000", "–", "1")
+
+
+def test_other_data_are_other_runs_and_a_new_key_is_not(tmp_path: Path) -> None:
+    old = write_run(tmp_path, "adamw", [2.0], train__seed=1) / "config.json"
+    config = json.loads(old.read_text())
+    del config["model"]["causal"]  # written before the key was there
+    old.write_text(json.dumps(config))
+    write_run(tmp_path, "adamw", [2.2], train__seed=2)
+    (row,) = rows(report(tmp_path), "Final losses")
+    assert (row["seeds"], row["val loss"]) == ("2", "2.1000")
+    write_run(tmp_path, "adamw", [3.0], train__seed=3, data__path="elsewhere")
+    text = report(tmp_path)
+    assert len(rows(text, "Final losses")) == 2
+    assert 'warning: the runs differ in more than the optimizer. data.path: "data", "elsewhere"' in text
 
 
 def test_cost_counts_estimates_and_takes_medians(tmp_path: Path) -> None:

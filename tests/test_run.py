@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -76,9 +77,26 @@ def test_a_finished_sweep_is_judged_and_not_run_again(experiment: Path, call: Ca
     stamps = [path.stat().st_mtime_ns for path in sorted(folder.rglob("metrics.jsonl"))]
     assert "3 runs, 3 of them finished already" in call(*arguments)
     assert [path.stat().st_mtime_ns for path in sorted(folder.rglob("metrics.jsonl"))] == stamps
-    with pytest.raises(SystemExit) as ended:  # the same folders, another experiment
-        call(*arguments, "--train.warmup_steps=1")
-    assert ended.value.code == 2
+    for other in ("--train.warmup_steps=1", "--data.path=elsewhere"):  # the same folders, another experiment
+        with pytest.raises(SystemExit) as ended:
+            call(*arguments, other)
+        assert ended.value.code == 2
+
+
+def test_a_sweep_ranks_over_all_of_its_grid_and_a_loss_that_is_no_number_last(
+    experiment: Path, call: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment.write_text(experiment.read_text() + GRID.replace("train.seed", "train.warmup_steps"))
+    losses = {"lr=0.001,warmup_steps=1": math.inf, "lr=0.001,warmup_steps=2": 1.5}
+    monkeypatch.setattr(run, "final_loss", lambda trial: losses.get(trial.name.removeprefix("adamw,"), 2.0))
+    monkeypatch.setattr(run, "run_all", lambda *_: [])
+    printed = call(experiment, "--sweep", "--runs=adamw")
+    assert [line for line in printed.splitlines() if line.startswith("*")] == [
+        "* 1.5000  adamw,lr=0.001,warmup_steps=2"
+    ]
+    assert "failed  adamw,lr=0.001,warmup_steps=1" in printed
+    assert "warmup_steps = 2, the edge" not in printed
+    assert "optimizer.lr = 0.001, the edge" in printed
 
 
 def test_a_failed_run_does_not_stop_the_others_and_is_named(
@@ -116,6 +134,7 @@ def test_the_slurm_script_calls_one_run_a_task(experiment: Path, call: Caller, t
         (["--scale=gpu"], "has no scale 'gpu'; use one of: paper"),
         (["--train.max_step=3"], "unknown argument --train.max_step"),
         (["--train.max_steps"], "write --section.key=value"),
+        (["--run=adamw"], "unknown argument --run=adamw"),
     ],
 )
 def test_bad_arguments_end_in_one_line(
