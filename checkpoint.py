@@ -126,8 +126,8 @@ def load_model(path: Path) -> tuple[Config, GPT, int]:
 def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:
     """A resumed run must be the same run: only keys that change no result may differ."""
     now = config.model_dump()
-    for key in KEYS.keys() - FREE_KEYS:
-        if value_of(now, key) != (before := value_of(saved, key)):
+    for key in KEYS:  # in their order: a set's would name another key from one process to the next
+        if key not in FREE_KEYS and value_of(now, key) != (before := value_of(saved, key)):
             raise UserError(
                 f"{config.run_dir}: was begun with {key} = {before}, now it is {value_of(now, key)}; "
                 f"set it back, or choose another --train.out_dir"

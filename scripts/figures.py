@@ -1,9 +1,10 @@
-"""Figures of the paper that are read off runs: a sweep, the share of clipped steps, the loss against the model's size.
+"""Figures that are read off runs: loss against horizon or size, a sweep, the share of clipped steps.
 
+    python scripts/figures.py horizons out/gpt2_30m-cpu                                                 # Figures 4, 5
+    python scripts/figures.py sizes out/gpt2_30m-cpu out/gpt2_125m-cpu                                  # Figure 1(c)
     python scripts/figures.py sweep out/ablation_rho_beta2-cpu --x optimizer.beta2 --y optimizer.rho    # Figure 7(c)
     python scripts/figures.py sweep out/ablation_attention-cpu --x optimizer.lr                         # Figure 7(b)
     python scripts/figures.py clipped out/gpt2_30m-cpu                                                  # Figure 7(a)
-    python scripts/figures.py sizes out/gpt2_30m-cpu out/gpt2_125m-cpu                                  # Figure 1(c)
 
 Each prints a table and writes it with a picture to the first folder, or to --out DIR. Finished runs alone count. In a
 sweep a cell is the best over what is neither x nor y, and the mean over seeds.
@@ -27,14 +28,17 @@ from scripts import analysis, pictures
 from scripts.analysis import Group, Run, value_of
 from scripts.compare import format_table
 
+Rows = list[dict[str, str]]  # of a table: {column: text}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in (
+        ("horizons", "final loss against the steps of the whole schedule"),
+        ("sizes", "final loss against the number of parameters"),
         ("sweep", "final loss against one key, or two"),
         ("clipped", "steps whose gradient was clipped, counted up"),
-        ("sizes", "final loss against the number of parameters"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("folders", metavar="OUT_DIR", nargs="+", type=Path)
@@ -46,8 +50,9 @@ def main() -> None:
     runs = [run for run in analysis.find_runs(arguments.folders) if run.is_finished]
     if not runs:
         raise UserError(f"{arguments.folders[0]}: no finished run; go on with scripts/run.py")
-    make: dict[str, Callable[..., tuple[list[dict[str, str]], Any]]] = {"sweep": sweep, "clipped": clipped}
-    rows, figure = make.get(arguments.command, sizes)(runs, arguments)
+    make: dict[str, Callable[..., tuple[Rows, Any]]]
+    make = {"horizons": horizons, "sizes": sizes, "sweep": sweep, "clipped": clipped}
+    rows, figure = make[arguments.command](runs, arguments)
     out = arguments.out or arguments.folders[0]
     pictures.save(figure, [out / f"{arguments.command}.png"])
     table = format_table(rows)
@@ -56,7 +61,48 @@ def main() -> None:
     print(f"wrote {arguments.command}.md and {arguments.command}.png to {out}")
 
 
-def sweep(runs: list[Run], arguments: argparse.Namespace) -> tuple[list[dict[str, str]], Any]:
+def horizons(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
+    return against(lambda run: run.horizon, runs, "steps of the whole schedule", "final validation loss, nats a token")
+
+
+def sizes(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
+    """At the horizon that most runs have."""
+    all_horizons = [run.horizon for run in runs]
+    horizon = max(set(all_horizons), key=all_horizons.count)
+    alike = [run for run in runs if run.horizon == horizon]
+    label = f"validation loss after {horizon} steps, nats a token"
+    return against(lambda run: num_parameters(ModelConfig(**run.config["model"])), alike, "parameters", label)
+
+
+def against(key: Callable[[Run], int], runs: list[Run], x_label: str, y_label: str) -> tuple[Rows, Any]:
+    """Each run's final loss against a number: mean ± deviation over seeds, of several settings the best."""
+    points: dict[str, dict[int, Group]] = {}
+    for group in analysis.group_runs(runs):
+        best, x = points.setdefault(group.table, {}), key(group.runs[0])
+        if x not in best or group.mean < best[x].mean:
+            best[x] = group
+    plt = pictures.pyplot()
+    figure, panel = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    columns = sorted({x for groups in points.values() for x in groups})
+    rows = []
+    for name, groups in points.items():
+        xs = sorted(groups)
+        means, deviations = [groups[x].mean for x in xs], [groups[x].deviation or 0.0 for x in xs]
+        panel.errorbar(xs, means, deviations, label=name, color=color_of(groups[xs[0]].runs[0]), marker="o", capsize=3)
+        rows.append({"run": name} | {f"{x:,}": with_deviation(groups[x]) if x in groups else "" for x in columns})
+    panel.set_xscale("log")
+    panel.set_xticks(columns, [f"{x:,}" for x in columns])
+    panel.minorticks_off()
+    panel.set(xlabel=x_label, ylabel=y_label)
+    panel.legend(frameon=False)
+    return rows, figure
+
+
+def with_deviation(group: Group) -> str:
+    return f"{group.mean:.4f}" + ("" if group.deviation is None else f" ± {group.deviation:.4f}")
+
+
+def sweep(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
     """A line of the table, and of the picture, for each run of the file and value of y; a column for each x."""
     for key in filter(None, (arguments.x, arguments.y)):
         if key not in KEYS:
@@ -94,7 +140,7 @@ def sweep(runs: list[Run], arguments: argparse.Namespace) -> tuple[list[dict[str
     return rows, figure
 
 
-def clipped(runs: list[Run], arguments: argparse.Namespace) -> tuple[list[dict[str, str]], Any]:
+def clipped(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
     """How many steps so far had a gradient beyond the limit, for the first seed of each run at its longest horizon."""
     plt = pictures.pyplot()
     figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -107,29 +153,6 @@ def clipped(runs: list[Run], arguments: argparse.Namespace) -> tuple[list[dict[s
         rows.append({"run": group.name, "steps": str(len(counts)), "clipped": f"{counts[-1] / len(counts):.1%}"})
     panel.set(xlabel="steps", ylabel="steps with a clipped gradient")
     panel.legend(frameon=False, fontsize="small")
-    return rows, figure
-
-
-def sizes(runs: list[Run], arguments: argparse.Namespace) -> tuple[list[dict[str, str]], Any]:
-    """Final loss of each optimizer's best setting against parameters; at the horizon that most runs have."""
-    horizons = [run.horizon for run in runs]
-    horizon = max(set(horizons), key=horizons.count)
-    points: dict[str, dict[int, Group]] = {}
-    for group in analysis.group_runs(run for run in runs if run.horizon == horizon):
-        n = num_parameters(ModelConfig(**group.runs[0].config["model"]))
-        by_size = points.setdefault(group.optimizer, {})
-        if n not in by_size or group.mean < by_size[n].mean:
-            by_size[n] = group
-    plt = pictures.pyplot()
-    figure, panel = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    rows = []
-    for optimizer, by_size in points.items():
-        ns = sorted(by_size)
-        losses = [by_size[n].mean for n in ns]
-        panel.semilogx(ns, losses, marker="o", color=pictures.COLORS.get(optimizer, pictures.OTHER), label=optimizer)
-        rows.append({"run": optimizer} | {f"{n:,}": f"{by_size[n].mean:.4f}" for n in ns})
-    panel.set(xlabel="parameters", ylabel=f"validation loss after {horizon} steps")
-    panel.legend(frameon=False)
     return rows, figure
 
 

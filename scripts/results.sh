@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything under results/cpu/ but the search for the settings, run again. About two hours on two cores.
+# Everything under results/cpu/ but the first rounds of the search, run again. About two hours on two cores.
 #
 #   bash scripts/results.sh [JOBS]       # default: 2 runs at once
 #
@@ -12,19 +12,28 @@ source scripts/environment.sh requirements.txt
 python data/stdlib/prepare.py
 run() { python scripts/run.py "configs/$1.toml" --scale=cpu --jobs="$jobs" "${@:2}"; }
 compare() { python scripts/compare.py "${@:2}" --out "results/cpu/$1"; }
-sweep() {
+figure() { python scripts/figures.py "$1" "${@:3}" --out "results/cpu/$2"; }
+sweep() {  # EXPERIMENT AXES: every combination in its grids
     run "$1" --sweep
     compare "$1" "out/$1-cpu"
-    python scripts/figures.py sweep "out/$1-cpu" --out "results/cpu/$1" "${@:2}"
+    figure sweep "$1" "out/$1-cpu" "${@:2}"
 }
 
 python scripts/toy.py --out results/cpu/figure2
-run gpt2_30m --seeds=3 --horizons=1,2,0.5
-compare gpt2_30m out/gpt2_30m-cpu
-python scripts/figures.py clipped out/gpt2_30m-cpu --out results/cpu/gpt2_30m
-python scripts/hessian.py histogram out/gpt2_30m-cpu/adamw --out results/cpu/figure3
 python scripts/hessian.py estimators --out results/cpu/estimators
-run released_125m --seeds=2
+
+# The last round of the search for the settings. What follows has other seeds.
+run gpt2_30m --sweep --seeds=2 --train.out_dir=out/search4
+compare search out/search4
+figure sweep search out/search4 --x=optimizer.lr --y=optimizer.beta1
+
+run gpt2_30m --train.seed=1340 --seeds=5 --horizons=1,2,0.5
+compare gpt2_30m out/gpt2_30m-cpu
+figure horizons gpt2_30m out/gpt2_30m-cpu
+figure clipped gpt2_30m out/gpt2_30m-cpu
+python scripts/hessian.py histogram out/gpt2_30m-cpu/adamw --out results/cpu/figure3
+
+run released_125m --seeds=3
 compare released_125m out/released_125m-cpu --reference=tuned-adamw
 sweep ablation_ingredients --x=optimizer.lr
 sweep ablation_rho --x=optimizer.rho
@@ -33,6 +42,7 @@ sweep ablation_interval --x=optimizer.lr --y=optimizer.hessian_interval
 sweep ablation_attention --x=optimizer.lr
 sweep other_optimizers --x=optimizer.lr
 sweep masked_lm --x=optimizer.lr
+
 run gpt2_125m
 run gpt2_355m
-python scripts/figures.py sizes out/gpt2_30m-cpu out/gpt2_125m-cpu out/gpt2_355m-cpu --out results/cpu/figure1c
+figure sizes figure1c out/gpt2_30m-cpu out/gpt2_125m-cpu out/gpt2_355m-cpu

@@ -18,6 +18,7 @@ import math
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -245,25 +246,30 @@ def final_loss(trial: Trial) -> float:
 
 
 def sweep_report(arguments: argparse.Namespace, trials: list[Trial]) -> str:
-    """All trials of each run, the best marked with *, and a warning where it lies on its grid's edge.
+    """The points of each run's grid, means over seeds, the best marked with *; a warning where that lies on an edge.
 
-    Trials that differ in more than the optimizer (another horizon, another seed) are ranked among themselves.
+    Points that differ in more than the optimizer (another horizon, say) are ranked among themselves.
     """
-    lines = []
-    rivals: dict[str, list[Trial]] = {}
+    points: dict[str, list[Trial]] = {}  # name without the seed → a trial a seed
     for trial in trials:
+        name = ",".join(part for part in trial.name.split(",") if not part.startswith("seed="))
+        points.setdefault(name, []).append(trial)
+    losses = {name: statistics.fmean(map(final_loss, seeds)) for name, seeds in points.items()}
+    rivals: dict[str, list[str]] = {}
+    for name, (trial, *_) in points.items():
         tuned = read_grid(arguments.experiment, trial.table, arguments.scale).keys()
         tree = trial.config.model_dump()
         shared = [value_of(tree, key) for key in KEYS if not key.startswith("optimizer.") and key not in tuned]
-        rivals.setdefault(f"{trial.table} {shared}", []).append(trial)
-    for group in rivals.values():
-        losses = {trial.name: final_loss(trial) for trial in group}
-        best = min(group, key=lambda trial: losses[trial.name])
-        for trial in group:
-            mark = "*" if trial is best and losses[best.name] < math.inf else " "
-            lines.append(f"{mark} {losses[trial.name]:.4f}  {trial.name}".replace(" inf ", " failed "))
-        if losses[best.name] < math.inf:
-            lines += edge_warnings(arguments, best)
+        rivals.setdefault(f"{trial.table} {shared}", []).append(name)
+    lines = []
+    for names in rivals.values():
+        best = min(names, key=lambda name: losses[name])
+        finite = losses[best] < math.inf
+        for name in names:
+            lines.append(
+                f"{'*' if finite and name == best else ' '} {losses[name]:.4f}  {name}".replace(" inf ", " failed ")
+            )
+        lines += edge_warnings(arguments, points[best][0]) if finite else []
     return "\n".join(lines)
 
 

@@ -247,6 +247,16 @@ def test_sweep_figure_has_the_best_of_what_is_not_shown(tmp_path: Path, monkeypa
         figure(monkeypatch, capsys, "sweep", tmp_path, "--x", "optimizer.speed")
 
 
+def test_horizons_figure_has_the_mean_and_deviation_of_whole_schedules(tmp_path: Path, monkeypatch, capsys) -> None:
+    for seed, loss in ((1, 2.0), (2, 2.2)):
+        write_run(tmp_path, "adamw", [loss], train__seed=seed)
+    write_run(tmp_path, "adamw", [1.5], train__max_steps=24)
+    table = figure(monkeypatch, capsys, "horizons", tmp_path)
+    assert table[0] == ["run", "12", "24"]
+    assert table[2] == ["adamw", "2.1000 ± 0.1414", "1.5000"]
+    assert (tmp_path / "horizons.png").exists()
+
+
 def test_clipped_and_sizes_figures(tmp_path: Path, monkeypatch, capsys) -> None:
     write_run(tmp_path, "adamw", [2.0])
     write_run(tmp_path, "adamw", [1.5], model__n_layer=4)

@@ -99,6 +99,17 @@ def test_a_sweep_ranks_over_all_of_its_grid_and_a_loss_that_is_no_number_last(
     assert "optimizer.lr = 0.001, the edge" in printed
 
 
+def test_a_sweep_with_seeds_ranks_by_their_mean(
+    experiment: Path, call: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment.write_text(experiment.read_text() + GRID)
+    lucky = {"lion,lr=0.0001": 1.0, "lion,lr=0.0001,seed=1338": 4.0}
+    monkeypatch.setattr(run, "final_loss", lambda trial: lucky.get(trial.name, 2.0))
+    monkeypatch.setattr(run, "run_all", lambda *_: [])
+    printed = call(experiment, "--sweep", "--runs=lion", "--seeds=2").splitlines()
+    assert printed == ["  2.5000  lion,lr=0.0001", "* 2.0000  lion,lr=0.001", "  2.0000  lion,lr=0.01"]
+
+
 def test_a_failed_run_does_not_stop_the_others_and_is_named(
     experiment: Path, call: Caller, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
