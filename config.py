@@ -40,6 +40,7 @@ class ModelConfig(Section):
     block_size: int = Field(1024, gt=0, le=1_000_000, description="context length, tokens")
     vocab_size: int = Field(50257, gt=1, le=65536, description="tokens in the vocabulary")
     scale_attn_by_inverse_layer_idx: bool = Field(True, description="layer i (from 1) divides attention scores by i")
+    bias: bool = Field(False, description="biases in linear maps and norms, which OpenAI's weights have")
     causal: bool = Field(True, description="predict the next token; false: fill in masked ones, seeing both sides")
 
     @model_validator(mode="after")
@@ -95,7 +96,11 @@ class TrainConfig(Section):
     log_interval: int = Field(10, gt=0, description="steps between log lines, where the device is waited for")
     checkpoint_interval: int = Field(1000, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept, besides the best")
+    tensorboard: bool = Field(False, description="write the numbers for TensorBoard too, into the run's folder")
     out_dir: str = Field("out", pattern=PATH, description="a run writes to OUT_DIR/EXPERIMENT/RUN")
+    init_from: str = Field(
+        "", description="start from these weights: a folder in Hugging Face's format, or gpt2, gpt2-medium, -large, -xl"
+    )
 
 
 class OptimizerConfig(Section):
@@ -164,6 +169,7 @@ class WandbConfig(Section):
 
     mode: Literal["online", "offline", "disabled"] = Field("disabled", description="offline writes to the run's folder")
     project: str = Field("sophia-gpt2", description="wandb project; the experiment is the group")
+    save_code: bool = Field(False, description="upload the repository's files as an artifact")
 
 
 class Config(Section):
@@ -211,10 +217,12 @@ FREE_KEYS = {
     "train.log_interval",
     "train.checkpoint_interval",
     "train.keep_checkpoints",
+    "train.tensorboard",
     "train.out_dir",
     "optimizer.hessian_micro_batch_size",
     "wandb.mode",
     "wandb.project",
+    "wandb.save_code",
 }
 
 
@@ -432,5 +440,6 @@ def _parser() -> argparse.ArgumentParser:
             if kind == "Literal" or kind.startswith("typing.Literal"):
                 kind = "|".join(field.annotation.__args__)  # type: ignore[union-attr]
             text = f"{field.description}{default}".replace("%", "%%")
-            group.add_argument(f"--{section}.{key}", metavar=kind, help=text)
+            short = ["--init-from"] if key == "init_from" else []
+            group.add_argument(f"--{section}.{key}", *short, metavar=kind, help=text)
     return parser

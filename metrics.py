@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl always, wandb if asked, a bar on a terminal or plain lines in a log.
+"""What a run writes about itself: metrics.jsonl always, wandb and TensorBoard if asked, a bar or plain lines.
 
 metrics.jsonl has two kinds of lines. After update number `step`: {"step", "loss", "lr", "grad_norm", "clipped",
 "step_ms", …}, with "hessian_ms" where an estimate was made, "skipped" where loss or gradient was no number (null) and
@@ -13,8 +13,6 @@ import json
 import math
 import os
 import platform
-import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +24,7 @@ from tqdm import tqdm
 
 from config import Config
 from files import whole_file
+from mirrors import finish_wandb, for_wandb, start_tensorboard, start_wandb, write_scalars
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets; the first name that the device's contains counts.
 # A device that is not listed gets no MFU rather than a wrong one.
@@ -137,7 +136,9 @@ class RunLog:
             file.write("".join(map(to_line, kept)).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.max_steps = config.train.max_steps
+        self.path, self.config = path, config
         self.wandb = start_wandb(config, resolved | {"environment": environment}, kept)
+        self.tensorboard = start_tensorboard(config, kept)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=self.max_steps, initial=step, unit="step", desc=config.run, disable=not terminal)
 
@@ -146,8 +147,7 @@ class RunLog:
         self.file.writelines(to_line(r) for r in records)
         self.file.flush()
         last = records[-1]
-        if self.wandb:
-            self.wandb.log(last, step=last["step"])
+        self._mirror(last)
         if skipped := [r["step"] for r in records if r.get("skipped")]:
             self.message(f"steps skipped, because their loss or gradient was no number: {', '.join(map(str, skipped))}")
         self.bar.update(last["step"] - self.bar.n)
@@ -163,9 +163,14 @@ class RunLog:
     def validation(self, record: dict[str, Any]) -> None:
         self.file.write(to_line(record))
         self.file.flush()
-        if self.wandb:
-            self.wandb.log(record, step=record["step"])
+        self._mirror(record)
         self.message(f"step {record['step']}/{self.max_steps}  validation loss {record['val_loss']:.4f}")
+
+    def _mirror(self, record: dict[str, Any]) -> None:
+        if self.wandb:
+            self.wandb.log(for_wandb(self.config, record), step=record["step"])
+        if self.tensorboard:
+            write_scalars(self.tensorboard, record)
 
     def message(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
@@ -179,56 +184,9 @@ class RunLog:
         self.file.close()
         self.bar.close()
         if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str, Any]]) -> Any:
-    """A wandb run named like ours, in the experiment's group, that has the `records` of metrics.jsonl already.
-
-    It has one id for its whole life, kept in the run's folder. Online, wandb says how far it has come and ignores what
-    it has; what a killed process did not get through is sent again. Offline, its file is written anew from `records`.
-    So no point is lost or doubled. Where wandb cannot be reached, training goes on offline.
-    """
-    if config.wandb.mode == "disabled":
-        return None
-    import wandb
-
-    id_file = config.run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    options: dict[str, Any] = {
-        "project": config.wandb.project,
-        "group": config.experiment,
-        "name": config.run,
-        "config": resolved,
-    }
-    options |= {"id": id_file.read_text().strip(), "dir": str(config.run_dir)}
-    run = None
-    if config.wandb.mode == "online":
-        try:
-            run = wandb.init(**options, mode="online", resume="allow", settings=wandb.Settings(init_timeout=60))
-        except wandb.errors.Error as error:
-            said = " ".join(str(error).split())[:200]
-            print(f"warning: wandb: {said}; going on offline, upload later with scripts/wandb_sync.py", file=sys.stderr)
-            wandb.teardown()  # it holds on to the id of the run that failed
-    if run is None:
-        for old in (config.run_dir / "wandb").glob("*run-*"):
-            shutil.rmtree(old)
-        run = wandb.init(**options, mode="offline")
-    # Our own step, because wandb's counts log calls; tokens and seconds are logged beside it, as axes to choose.
-    for axis in ("step", "tokens", "seconds"):
-        run.define_metric(axis)
-    run.define_metric("*", step_metric="step")
-    known = run.step
-    for record in records:
-        if record["step"] >= known and is_mirrored(record):
-            run.log(record, step=record["step"])
-    return run
-
-
-def is_mirrored(record: dict[str, Any]) -> bool:
-    """wandb gets validations and the last line of each log interval, the one with the throughput."""
-    return "val_loss" in record or "tokens_per_second" in record
+            finish_wandb(self.wandb, read_metrics(self.path))
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 def _all_ms(record: dict[str, Any]) -> float:

@@ -1,4 +1,5 @@
-"""GPT-2 in one file, as the Sophia paper trains it: no biases, no dropout, tied embeddings, tanh GELU.
+"""GPT-2 in one file, as the Sophia paper trains it: no biases (but where asked), no dropout, tied embeddings, tanh
+GELU.
 
 Shapes: B sequences, T tokens each, C = n_embd channels, H heads of size D = C / H, V = vocab_size.
 """
@@ -31,14 +32,20 @@ class Attention(nn.Module):
         self.scale = 1.0 / math.sqrt(config.n_embd // config.n_head)
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: list[Tensor] | None = None) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)  # (B, H, T, D)
+        if cache is not None:  # the keys and values of the tokens before, with which a new one is compared
+            cache[:] = (
+                [torch.cat([old, new], dim=2) for old, new in zip(cache, (k, v), strict=True)] if cache else [k, v]
+            )
+            k, v = cache
+        causal = self.causal and T > 1  # a single query may see every key there is
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -47,8 +54,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(gelu(self.c_fc(x)))
@@ -67,13 +74,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -88,12 +95,14 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(padded_vocab, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's weights: N(0, 0.02²); the two projections into the residual stream N(0, 0.02² / (2 n_layer))."""
+        """GPT-2's: N(0, 0.02²); the two projections into the residual stream N(0, 0.02² / (2 n_layer)); biases 0."""
         for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
             if parameter.ndim == 2:
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
@@ -117,6 +126,19 @@ class GPT(nn.Module):
         chunks = zip(*(t.flatten(0, 1).split(self.loss_chunk) for t in (x, *labels)), strict=True)
         again = functools.partial(checkpoint, self._loss, criterion, use_reentrant=False, preserve_rng_state=False)
         return torch.stack([again(*chunk) for chunk in chunks]).sum()
+
+    def next_logits(self, tokens: Tensor, caches: list[list[Tensor]]) -> Tensor:
+        """Logits (B, V) for what follows `tokens` (B, T), for writing text token by token.
+
+        The caches, a list a block, hold the keys and values of all tokens so far and get those of these. They begin
+        empty, with the whole prompt; after it T is 1. All tokens together are at most block_size.
+        """
+        past = caches[0][0].shape[2] if caches[0] else 0
+        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+        x = self.wte(tokens) + self.wpe(positions)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, cache)
+        return self.head(self.ln_f(x[:, -1]))
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) from (..., C), without those of the padding rows."""

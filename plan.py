@@ -6,12 +6,27 @@ from pathlib import Path
 
 import torch
 
-from config import Config
+from config import Config, ModelConfig, OptimizerConfig
 from errors import UserError
 from model import GPT, activation_bytes, flops_per_token, hvp_bytes, num_parameters
 
 # A parameter's probe, product and estimate in fp32, less the gradient that a training step would have.
 PROBE_BYTES = 8
+# A Hessian-vector product, forward over reverse, has to differentiate every matrix product of a gradient, and the
+# derivative of A B is two products more, A' B + A B'.
+GRADIENTS_PER_HVP = 3
+
+
+def step_flops(model: ModelConfig, batch_size: int, optimizer: OptimizerConfig) -> float:
+    """Floating-point operations of a step, the estimates' share counted in (model.flops_per_token a gradient).
+
+    The optimizer's own arithmetic is left out: a dozen operations a parameter, or Muon's and SOAP's matrix products.
+    """
+    sequences = float(batch_size)
+    if optimizer.hessian_interval and optimizer.hessian_batch_size:
+        gradients = GRADIENTS_PER_HVP if optimizer.hessian_estimator == "hutchinson" else 1
+        sequences += gradients * optimizer.hessian_batch_size / optimizer.hessian_interval
+    return sequences * model.block_size * flops_per_token(model)
 
 
 def check_divisible(config: Config, world_size: int) -> None:

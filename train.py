@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import hugging_face
 import metrics
 import optimizers
 from config import Config, parse_command_line
@@ -169,6 +170,8 @@ def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Ru
 
 def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
     if saved is None:
+        if run.config.train.init_from:
+            hugging_face.load_weights(run.model, run.config.train.init_from)
         return Progress()
     try:
         load_states(run, saved)

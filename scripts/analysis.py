@@ -17,19 +17,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import plan
 from config import FREE_KEYS, KEYS, ModelConfig, OptimizerConfig, value_of
 from errors import UserError, reason
 from metrics import read_metrics
-from model import flops_per_token
 
 # Keys that decide a run's losses. A run may be resumed where its data have moved to, but another path is other data
 # until someone says otherwise; and how often a run is validated changes none of its losses.
 DECISIVE = KEYS.keys() - FREE_KEYS - {"train.eval_interval"} | {"data.path"}
 # Of these, what may differ between runs that are compared: what is compared, and what is repeated over.
 COMPARED = {key for key in KEYS if key.startswith("optimizer.")} | {"train.seed", "train.max_steps"}
-# A Hessian-vector product, forward over reverse, has to differentiate every matrix product of a gradient, and the
-# derivative of A B is two products more, A' B + A B'.
-GRADIENTS_PER_HVP = 3
 
 
 @dataclass(frozen=True)
@@ -200,17 +197,9 @@ def confounders(runs: list[Run]) -> list[str]:
 
 
 def step_flops(config: dict[str, Any]) -> float:
-    """Floating-point operations of a step, the estimates' share counted in (model.flops_per_token a gradient).
-
-    The optimizer's own arithmetic is left out: a dozen operations a parameter, or Muon's and SOAP's matrix products.
-    """
-    model, recipe, optimizer = config["model"], config["train"], config["optimizer"]
-    a_sequence = flops_per_token(ModelConfig(**model)) * model["block_size"]
-    sequences = float(recipe["batch_size"])
-    if optimizer.get("hessian_interval"):
-        passes = GRADIENTS_PER_HVP if OptimizerConfig(**optimizer).hessian_estimator == "hutchinson" else 1
-        sequences += passes * optimizer["hessian_batch_size"] / optimizer["hessian_interval"]
-    return sequences * a_sequence
+    """plan.step_flops of a stored config."""
+    model, optimizer = ModelConfig(**config["model"]), OptimizerConfig(**config["optimizer"])
+    return plan.step_flops(model, config["train"]["batch_size"], optimizer)
 
 
 def step_times(runs: list[Run]) -> tuple[float | None, float | None]:

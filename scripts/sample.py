@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,39 +44,59 @@ def main() -> None:
     prompt = tokenizer.encode(arguments.prompt.encode(errors="replace").decode()).tolist() or [tokenizer.end_of_text]
     generator = torch.Generator(device).manual_seed(arguments.seed)
     tokens = torch.tensor([prompt], device=device)
-    tokens = generate(model, tokens, arguments.tokens, arguments.temperature, arguments.top_k, generator)
+    limits = (arguments.temperature, arguments.top_k, arguments.top_p)
+    tokens = generate(model, tokens, arguments.tokens, generator, *limits)
     written = [token for token in tokens[0].tolist() if token != tokenizer.end_of_text]
     print(tokenizer.decode(written))
 
 
 @torch.no_grad()
 def generate(
-    model: GPT, tokens: Tensor, count: int, temperature: float, top_k: int, generator: torch.Generator
+    model: GPT,
+    tokens: Tensor,
+    count: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Tensor:
-    """Append `count` sampled tokens to `tokens` (B, T). Temperature 0 takes the most likely one; top_k 0 allows all."""
+    """Append `count` sampled tokens to `tokens` (B, T); see :func:`draw`."""
+    caches: list[list[Tensor]] = [[] for _ in model.blocks]
     for _ in range(count):
-        logits = model(tokens[:, -model.config.block_size :])[:, -1].float()  # (B, V)
-        if top_k:
-            kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            logits[logits < kept] = -torch.inf
-        if temperature < 1e-3:  # below, the division overflows, and the most likely token is certain anyway
-            new = logits.argmax(-1, keepdim=True)
-        else:
-            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        tokens = torch.cat([tokens, new], dim=1)
+        if tokens.shape[1] <= model.config.block_size:
+            logits = model.next_logits(tokens[:, -1:] if caches[0] else tokens, caches)
+        else:  # every token's position moves: what was cached is of no use
+            logits = model(tokens[:, -model.config.block_size :])[:, -1]
+        tokens = torch.cat([tokens, draw(logits.float(), temperature, top_k, top_p, generator)], dim=1)
     return tokens
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """Tokens (B, 1) from logits (B, V): of the top_k likeliest (0: all), and of the fewest that make up top_p.
+
+    Temperature 0 takes the likeliest.
+    """
+    if temperature < 1e-3:  # below, the division overflows, and the likeliest is certain anyway
+        return logits.argmax(-1, keepdim=True)
+    ordered, tokens = logits.sort(-1, descending=True)
+    probabilities = (ordered[:, : top_k or None] / temperature).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # what likelier tokens make up already
+    return tokens.gather(-1, torch.multinomial(probabilities * (before < top_p), 1, generator=generator))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's folder, or one of its .pt files")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: begin a document)")
-    parser.add_argument("--tokens", type=number(int, 1), default=200, metavar="N", help="default %(default)s")
-    parser.add_argument(
-        "--temperature", type=number(float, 0, 100), default=0.8, metavar="T", help="default %(default)s"
-    )
-    parser.add_argument("--top-k", type=number(int, 0), default=200, metavar="K", help="0: all (default %(default)s)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="default %(default)s")
+
+    def option(name: str, kind: Any, metavar: str, default: float, meaning: str) -> None:
+        parser.add_argument(name, type=kind, metavar=metavar, default=default, help=f"{meaning} (default: {default})")
+
+    option("--tokens", number(int, 1), "N", 200, "how many to write")
+    option("--temperature", number(float, 0, 100), "T", 0.8, "above 0: the higher, the wilder; 0: the likeliest token")
+    option("--top-k", number(int, 0), "K", 200, "keep the K likeliest tokens; 0: all")
+    option("--top-p", number(float, 1e-6, 1), "P", 1.0, "keep the likeliest tokens that make up the share P")
+    option("--seed", number(int, 0, 2**63 - 1), "N", 0, "of the draws")
     return parser
 
 

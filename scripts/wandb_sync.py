@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from config import Config
 from errors import UserError, reason, run_main
-from metrics import read_metrics, start_wandb
+from metrics import read_metrics
+from mirrors import finish_wandb, start_wandb
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def upload(folder: Path, mode: str) -> None:
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{folder}: no run's folder ({reason(error)}); config.json, metrics.jsonl") from None
     run = start_wandb(config, config.model_dump(), records)
-    run.finish()
+    finish_wandb(run, records)
     if mode == "online" and run.offline:
         raise UserError(f"{folder}: not uploaded, wandb cannot be reached; run `wandb login` or try again later")
     print(f"{folder}: {len(records)} lines, run {run.id} in project {config.wandb.project}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import plan
 from config import load_experiment
 from errors import UserError, run_main
 from metrics import to_line
@@ -118,7 +119,7 @@ def test_a_hessian_vector_product_is_three_gradients(tiny_gpt: GPT) -> None:
     with FlopCounterMode(display=False) as product:
         hessian.hutchinson(model, x, y, torch.randn_like)
     ratio = product.get_total_flops() / gradient.get_total_flops()
-    assert ratio == pytest.approx(analysis.GRADIENTS_PER_HVP, rel=0.15)
+    assert ratio == pytest.approx(plan.GRADIENTS_PER_HVP, rel=0.15)
 
 
 def test_unfinished_runs_and_other_differences_are_told(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 
 from config import ModelConfig
@@ -69,9 +70,40 @@ def test_sample_continues_a_pattern_it_was_taught() -> None:
         loss.backward()
         optimizer.step()
     start = torch.tensor([[3, 4]])
-    for temperature, top_k in ((0.0, 0), (1.0, 1), (0.5, 5)):
-        written = sample.generate(model, start, 20, temperature, top_k, torch.Generator().manual_seed(0))
+    for limits in ((0.0, 0, 1.0), (1.0, 1, 1.0), (0.5, 5, 1.0), (1.0, 0, 0.5)):
+        written = sample.generate(model, start, 20, torch.Generator().manual_seed(0), *limits)
         assert written.tolist() == [[(3 + i) % 11 for i in range(22)]]
+
+
+def test_cached_keys_and_values_change_no_logit() -> None:
+    """Token by token, and where the text outgrows the context."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=11)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tokens = torch.randint(11, (2, 8))
+    caches: list[list[torch.Tensor]] = [[] for _ in model.blocks]
+    for seen, new in ((3, 3), (4, 1), (5, 1), (8, 1)):
+        if seen == 8:
+            model.next_logits(tokens[:, 5:6], caches), model.next_logits(tokens[:, 6:7], caches)
+        logits = model.next_logits(tokens[:, seen - new : seen], caches)
+        torch.testing.assert_close(logits, model(tokens[:, :seen])[:, -1])
+    written = sample.generate(model, tokens[:, :2], 12, torch.Generator(), temperature=0.0)
+    for end in range(2, 14):
+        assert (model(written[:, max(0, end - 8) : end])[:, -1].argmax(-1) == written[:, end]).all()
+
+
+def test_top_k_and_top_p_draw_from_the_likeliest_alone() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(4000, 4)
+
+    def drawn(top_k: int, top_p: float) -> list[float]:
+        tokens = sample.draw(logits, 1.0, top_k, top_p, torch.Generator().manual_seed(0))
+        return (torch.bincount(tokens.flatten(), minlength=4) / 4000).tolist()
+
+    assert drawn(0, 1.0) == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=0.03)
+    assert drawn(2, 1.0) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=0.03)
+    assert drawn(0, 0.65) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=0.03)  # 0.4 and 0.3 make up 0.65, 0.4 does not
+    assert drawn(0, 0.1) == [0, 1, 0, 0]
 
 
 def test_sample_writes_from_a_run_and_refuses_what_is_none(experiment: Path, run_train, tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""Sophia-G under FSDP2: parameters, gradients and both of Sophia's states are DTensors, each rank has its shard.
+
+torchrun --standalone --nproc_per_node=2 -- examples/fsdp2.py        # two processes on a CPU, or two GPUs
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import ModelConfig
+from model import GPT
+from sophia import SophiaG, sampled_label_loss
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu")
+    torch.cuda.set_device(device) if on_gpu else None
+    torch.manual_seed(0)  # the same weights on all ranks
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=256)).to(device)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = SophiaG(model.parameters(), lr=1e-3, betas=(0.9, 0.95), rho=0.05)
+
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    generator = torch.Generator().manual_seed(rank)  # other batches on each
+    for step in range(60):
+        starts = torch.randint(len(data) - 33, (16, 1), generator=generator) + torch.arange(33)
+        x, y = data[starts][:, :-1].to(device), data[starts][:, 1:].to(device)
+        if step % 10 == 0:
+            sampled_label_loss(model(x), torch.rand(y.shape, device=device)).backward()  # averaged over the ranks
+            optimizer.update_hessian_from_grad(n_labels=y.numel() * world_size)  # so they count together
+            optimizer.zero_grad()
+        loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0 and step % 20 == 19:
+            print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

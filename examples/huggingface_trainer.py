@@ -1,0 +1,113 @@
+"""Sophia-G in Hugging Face's Trainer: a callback makes the estimate; accumulation, bf16, fp16 and DDP as usual.
+
+python examples/huggingface_trainer.py                                        # needs requirements-examples.txt
+torchrun --standalone --nproc_per_node=2 -- examples/huggingface_trainer.py --bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sophia import SophiaG, sampled_label_loss
+
+FP16_SCALE = 1024.0  # small gradients vanish in fp16; those that overflow instead leave h alone
+
+
+class SophiaCallback(TrainerCallback):
+    """Every `interval` steps, before the step, estimates on one batch a rank of `loader` (each rank has its share).
+
+    Trainer's gradients are not touched: the estimate comes before the first of them, and clears its own.
+    """
+
+    def __init__(self, optimizer: SophiaG, loader: DataLoader, interval: int = 10) -> None:
+        self.optimizer, self.interval = optimizer, interval
+        self.batches: Iterator[dict[str, Tensor]] = chain.from_iterable(repeat(loader))
+        self.generator: torch.Generator | None = None
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.interval == 0:
+            self.estimate(kwargs["model"], args)
+
+    def estimate(self, model: nn.Module, args: TrainingArguments) -> None:
+        inputs = next(self.batches)["input_ids"].to(args.device)
+        scale = FP16_SCALE if args.fp16 else 1.0
+        logits = model(input_ids=inputs).logits[:, :-1]  # the last one has no label in the loss either
+        if self.generator is None:  # other labels on each rank
+            self.generator = torch.Generator(args.device).manual_seed(args.seed + args.process_index)
+        labels = torch.rand(logits.shape[:2], device=args.device, generator=self.generator)
+        (scale * sampled_label_loss(logits, labels)).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        for grad in grads:
+            grad.div_(scale)
+            if args.world_size > 1:
+                dist.all_reduce(grad)
+                grad.div_(args.world_size)
+        overflow = (~torch.isfinite(nn.utils.get_total_norm(grads))).float()
+        self.optimizer.update_hessian_from_grad(n_labels=labels.numel() * args.world_size, found_inf=overflow)
+        self.optimizer.zero_grad()
+
+
+class Bytes(Dataset):
+    """Windows of this folder's source."""
+
+    def __init__(self, length: int = 32) -> None:
+        text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        self.windows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().unfold(0, length, length)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--fp16", action="store_true")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--out", default="out/huggingface_trainer")
+    arguments = parser.parse_args()
+    set_seed(0)
+    shape = GPT2Config(
+        vocab_size=256, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    model = GPT2LMHeadModel(shape)
+    optimizer = SophiaG(model.parameters(), lr=1e-3, betas=(0.9, 0.95), rho=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            arguments.out,
+            max_steps=arguments.steps,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=2,
+            logging_steps=arguments.steps // 3,
+            bf16=arguments.bf16,
+            fp16=arguments.fp16,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            report_to=[],
+        ),
+        train_dataset=Bytes(),
+        optimizers=(optimizer, schedule),
+    )
+    trainer.add_callback(SophiaCallback(optimizer, trainer.get_train_dataloader()))
+    print(f"loss {trainer.train().training_loss:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Mirrors of metrics.jsonl, if asked: wandb, TensorBoard. The truth is the file; these may fail, or be made later."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from errors import UserError
+from plan import step_flops
+
+# What a validation loss is drawn against at wandb, besides the step. flops: of all steps so far, estimates counted.
+AXES = ("tokens", "seconds", "flops")
+
+
+def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str, Any]]) -> Any:
+    """A wandb run named like ours, in the experiment's group, that has the `records` of metrics.jsonl already.
+
+    It has one id for its whole life, kept in the run's folder. Online, wandb says how far it has come and ignores what
+    it has; what a killed process did not get through is sent again. Offline, its file is written anew from `records`.
+    So no point is lost or doubled. Where wandb cannot be reached, training goes on offline.
+    """
+    if config.wandb.mode == "disabled":
+        return None
+    import wandb
+
+    id_file = config.run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))  # a sweep's agent has chosen one
+    options: dict[str, Any] = {
+        "project": config.wandb.project,
+        "group": config.experiment,
+        "name": config.run,
+        "config": resolved,
+    }
+    options |= {"id": id_file.read_text().strip(), "dir": str(config.run_dir)}
+    run = None
+    if config.wandb.mode == "online":
+        try:
+            run = wandb.init(**options, mode="online", resume="allow", settings=wandb.Settings(init_timeout=60))
+        except wandb.errors.Error as error:
+            said = " ".join(str(error).split())[:200]
+            print(f"warning: wandb: {said}; going on offline, upload later with scripts/wandb_sync.py", file=sys.stderr)
+            wandb.teardown()  # it holds on to the id of the run that failed
+    if run is None:
+        for old in (config.run_dir / "wandb").glob("*run-*"):
+            shutil.rmtree(old)
+        run = wandb.init(**options, mode="offline")
+    # Our own step, because wandb's counts log calls.
+    run.define_metric("*", step_metric="step")
+    for axis in AXES:
+        run.define_metric(axis)
+        run.define_metric(f"val_loss_by_{axis}", step_metric=axis)
+    known = run.step
+    for record in records:
+        if record["step"] >= known and is_mirrored(record):
+            run.log(for_wandb(config, record), step=record["step"])
+    if config.wandb.save_code:
+        run.log_artifact(code_artifact(config))
+    return run
+
+
+def for_wandb(config: Config, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the FLOPs so far; a validation's loss once more for each axis to draw it against."""
+    flops = record["step"] * step_flops(config.model, config.train.batch_size, config.optimizer)
+    losses = {f"val_loss_by_{axis}": record["val_loss"] for axis in AXES} if "val_loss" in record else {}
+    return record | {"flops": flops} | losses
+
+
+def finish_wandb(run: Any, records: list[dict[str, Any]]) -> None:
+    """Close the run, with one line of compare.py's tables as its summary."""
+    steps = [r for r in records if "loss" in r]
+    validations = [r for r in records if "val_loss" in r]
+    summary = {f"final/{key}": validations[-1][key] for key in ("step", "tokens", "seconds", "val_loss") if validations}
+    for key in ("step_ms", "hessian_ms"):
+        if values := [r[key] for r in steps if key in r]:
+            summary[f"final/{key}"] = statistics.median(values)
+    if steps:
+        summary["final/clipped_share"] = sum(r["clipped"] for r in steps) / len(steps)
+    run.summary.update(summary)
+    run.finish()
+
+
+def code_artifact(config: Config) -> Any:
+    """The files that git knows, as they are now."""
+    import wandb
+
+    root = Path(__file__).parent
+    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True).stdout
+    artifact = wandb.Artifact(f"code-{config.experiment}", type="code")
+    for name in filter(None, listed.split("\0")):
+        if (root / name).is_file():
+            artifact.add_file(str(root / name), name=name)
+    return artifact
+
+
+def start_tensorboard(config: Config, records: list[dict[str, Any]]) -> Any:
+    """A writer to RUN/tensorboard that begins anew from the `records` of metrics.jsonl, so that no point is doubled."""
+    if not config.train.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tensorboard is missing: python -m pip install tensorboard, or train.tensorboard = false"
+        ) from None
+    folder = config.run_dir / "tensorboard"
+    shutil.rmtree(folder, ignore_errors=True)
+    writer = SummaryWriter(str(folder))
+    for record in filter(is_mirrored, records):
+        write_scalars(writer, record)
+    return writer
+
+
+def write_scalars(writer: Any, record: dict[str, Any]) -> None:
+    for key in record.keys() - {"step"}:
+        writer.add_scalar(key, record[key], record["step"])
+
+
+def is_mirrored(record: dict[str, Any]) -> bool:
+    """wandb and TensorBoard get validations and the last line of each log interval, the one with the throughput."""
+    return "val_loss" in record or "tokens_per_second" in record

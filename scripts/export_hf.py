@@ -1,0 +1,139 @@
+"""Write a checkpoint as a folder that Hugging Face's transformers loads, with nothing of this repository installed.
+
+    python scripts/export_hf.py out/gpt2_125m/sophia-g hf/gpt2_125m-sophia-g
+    python scripts/export_hf.py out/quickstart/adamw/step_00000600.pt /tmp/small
+
+Then, anywhere: transformers.pipeline("text-generation", "hf/gpt2_125m-sophia-g"). The folder holds the weights
+(model.safetensors, fp32), the tokenizer and a model card. Given a run's folder it takes the newest checkpoint.
+Needs requirements-hub.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpoint
+from config import Config
+from data.token_files import read_meta
+from data.tokenize import gpt2_files, load_tokenizer
+from errors import UserError, run_main
+from hugging_face import hugging_face_config, to_hugging_face
+from metrics import read_metrics
+from model import num_parameters
+
+END_OF_TEXT = "<|endoftext|>"
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, {optimizer}]
+---
+# {name}
+
+GPT-2 of {parameters:,} parameters, trained with {optimizer} for {step:,} of {max_steps:,} steps by a reproduction of
+Sophia (arXiv 2305.14342). A base model: it continues text, and was not made safe or helpful.
+
+* Training data: {data}, {tokens:,} tokens seen ({batch_size} sequences of {block_size} a step)
+* Validation loss: {loss}
+* Trained at commit {commit} on {world_size} × {device}
+
+```python
+from transformers import pipeline
+pipeline("text-generation", "PATH OF THIS FOLDER")("Once upon a time")
+```
+
+The whole recipe:
+
+```json
+{recipe}
+```
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run's folder, or one of its .pt files")
+    parser.add_argument("out", metavar="DIR", type=Path, help="folder to write; must be new or empty")
+    arguments = parser.parse_args()
+    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
+        raise UserError(f"{arguments.out}: exists and is not empty; name a new folder")
+    export(arguments.checkpoint, arguments.out)
+    print(f"wrote {arguments.out}: " + ", ".join(sorted(path.name for path in arguments.out.iterdir())))
+
+
+def export(path: Path, out: Path) -> None:
+    config, model, step = checkpoint.load_model(path)
+    if not config.model.causal:
+        raise UserError(f"{path}: fills in masked tokens (model.causal = false); transformers' GPT-2 cannot")
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise UserError("transformers is missing: python -m pip install -r requirements-hub.txt") from None
+    meta = read_meta(Path(config.data.path))
+    tokenizer = make_tokenizer(meta.get("tokenizer", "gpt2"), config.model.block_size)
+    if len(tokenizer) != config.model.vocab_size:
+        raise UserError(
+            f"{path}: was trained on {config.model.vocab_size} tokens, the tokenizer of {config.data.path} has "
+            f"{len(tokenizer)}; put the data it was trained on back there"
+        )
+    exported = GPT2LMHeadModel(GPT2Config(**hugging_face_config(config.model, tokenizer.eos_token_id)))
+    missing, unexpected = exported.load_state_dict(to_hugging_face(model), strict=False)
+    assert missing == ["lm_head.weight"], missing  # which is the embedding itself
+    assert not unexpected, unexpected
+    exported.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(model_card(path, config, step, meta), encoding="utf-8")
+
+
+def make_tokenizer(name: str, block_size: int) -> Any:
+    """transformers' tokenizer with the token ids of ours."""
+    from transformers import GPT2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    load_tokenizer(name)  # refuses an unknown name
+    if name == "gpt2":
+        files = gpt2_files()
+        vocabulary = json.loads(files["encoder.json"])
+        lines = files["vocab.bpe"].decode().splitlines()[1:]  # after the version
+        merges = [tuple(line.split()) for line in lines if line]
+    else:
+        vocabulary = {character: byte for byte, character in bytes_to_unicode().items()} | {END_OF_TEXT: 256}
+        merges = []
+    return GPT2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=block_size)
+
+
+def model_card(path: Path, config: Config, step: int, meta: dict[str, Any]) -> str:
+    folder = path if path.is_dir() else path.parent
+    environment, loss = {}, "not measured"
+    if (folder / "environment.json").exists():
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    if (folder / "metrics.jsonl").exists():
+        at = [r for r in read_metrics(folder / "metrics.jsonl") if "val_loss" in r and r["step"] == step]
+        loss = f"{at[-1]['val_loss']:.4f} nats a token" if at else loss
+    recipe = config.model_dump(exclude_none=True, exclude={"wandb"})
+    recipe["train"].pop("out_dir")
+    return CARD.format(
+        name=f"{config.experiment}/{config.run}",
+        optimizer=config.optimizer.name,
+        parameters=num_parameters(config.model),
+        step=step,
+        max_steps=config.train.max_steps,
+        data=json.dumps(meta["source"]) if "source" in meta else config.data.path,
+        tokens=step * config.train.batch_size * config.model.block_size,
+        batch_size=config.train.batch_size,
+        block_size=config.model.block_size,
+        loss=loss,
+        commit=environment.get("commit"),
+        world_size=environment.get("world_size"),
+        device=environment.get("device"),
+        recipe=json.dumps(recipe, indent=2),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,80 @@
+"""The examples run and learn; a script for the released SophiaG moves over with the same parameters."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sophia import SophiaG
+from tests.conftest import ROOT
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "example", "arguments", "pattern", "limit"),
+    [
+        ([], "plain.py", [], r"step 200  loss (\S+)", 3.0),  # ln 256 is 5.5
+        ([], "vision.py", [], r"Sophia-H  (\S+)%", -85.0),  # at least
+        ([], "huggingface_trainer.py", ["--steps=30"], r"^loss (\S+)", 5.2),
+        (TORCHRUN, "huggingface_trainer.py", ["--steps=30", "--bf16"], r"^loss (\S+)", 5.2),
+        ([], "lightning_module.py", [], r"loss (\S+)", 0.5),  # ln 4 is 1.39
+        (TORCHRUN, "fsdp2.py", [], r"step 60  loss (\S+)", 4.0),
+    ],
+)
+def test_an_example_learns(
+    launcher: list[str], example: str, arguments: list[str], pattern: str, limit: float, tmp_path
+) -> None:
+    extra = [f"--out={tmp_path}"] if example.startswith("huggingface") else []
+    command = [sys.executable, *launcher, str(ROOT / "examples" / example), *arguments, *extra]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.search(pattern, done.stdout, re.MULTILINE)
+    assert found, done.stdout
+    value = float(found[1])
+    assert value > -limit if limit < 0 else value < limit
+
+
+def released_step(theta: Tensor, m: Tensor, h: Tensor, lr: float, beta1: float, rho_bs: float, decay: float) -> None:
+    """The released code's update, from its formula: decay, then lr · sign(m) · min(|m| / (rho · bs · h + 1e-15), 1)."""
+    assert theta.grad is not None
+    theta.mul_(1 - lr * decay)
+    m.mul_(beta1).add_(theta.grad, alpha=1 - beta1)
+    theta.sub_(lr * m.sign() * (m.abs() / (rho_bs * h + 1e-15)).clamp(max=1))
+
+
+def test_a_script_for_the_released_sophia_moves_over() -> None:
+    """docs/migrating.md: n_labels=1 and rho · bs in place of bs at every step; 200 steps, the same parameters."""
+    torch.manual_seed(0)
+    lr, beta1, beta2, rho, bs, wd = 1e-3, 0.965, 0.99, 0.04, 5120, 0.1
+    theirs = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    ours = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    ours.load_state_dict(theirs.state_dict())
+    states = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in theirs.parameters()}
+    optimizer = SophiaG(ours.parameters(), lr=lr, betas=(beta1, beta2), rho=rho * bs, eps=1e-15, weight_decay=wd)
+    for step in range(200):
+        x = torch.randn(32, 8)
+        y = torch.randint(4, (32,))
+        for model in (theirs, ours):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for p, (m, h) in states.items():
+                released_step(p, m, h, lr, beta1, rho * bs, wd)
+        optimizer.step()
+        if step % 10 == 9:  # the estimate comes after the step there
+            labels = torch.distributions.Categorical(logits=theirs(x).detach()).sample()
+            for model in (theirs, ours):
+                model.zero_grad()
+                nn.functional.cross_entropy(model(x), labels).backward()
+            for p, (_, h) in states.items():
+                h.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            optimizer.update_hessian_from_grad(n_labels=1)
+    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q, p, atol=1e-5, rtol=0)
+        assert (optimizer.state[q]["exp_avg"].abs() < optimizer.state[q]["hessian"] * rho * bs).any()  # some unclipped
