@@ -202,3 +202,34 @@ def test_mfu_is_known_for_known_devices_alone() -> None:
     records = [{"step_ms": 500.0}, {"step_ms": 300.0, "hessian_ms": 200.0}]
     assert throughput(records, 1000, 1e12, torch.device("cpu"), 1) == {"tokens_per_second": 2000.0}
     assert time_left(math.floor(86400 + 2 * 3600 + 61)) == "1 d 02:01:01"
+
+
+def test_tensorboard_has_each_point_once_after_a_resume_too(experiment: Path, run_train, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = (experiment, "--run=adamw", "--train.tensorboard=true")
+    run_train(*arguments)
+    folder = tmp_path / "out/tiny/adamw"
+    (folder / "step_00000012.pt").unlink()
+    run_train(*arguments, "--resume")
+    stored = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for key in ("val_loss", "loss"):
+        points = [(scalar.step, pytest.approx(scalar.value, rel=1e-6)) for scalar in stored.Scalars(key)]
+        assert points == read_lines(folder, key)
+
+
+def test_the_sweep_that_is_shipped_calls_the_trainer() -> None:
+    """As wandb's agent fills in its command."""
+    import yaml
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    sweep = yaml.safe_load((ROOT / "configs/wandb_sweep.yaml").read_text())
+    chosen = {key: {"value": values["values"][0]} for key, values in sweep["parameters"].items()}
+    flags = create_sweep_command_args({"args": chosen})["args"]
+    known = {"${program}": [sweep["program"]], "${args}": flags}
+    command = [part for word in create_sweep_command(sweep["command"]) for part in known.get(word, [word])]
+    done = subprocess.run(
+        [*command, "--dry-run"], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"WANDB_RUN_ID": "abc"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "out/gpt2_30m-gpu/sophia-g-abc" in done.stdout
