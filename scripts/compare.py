@@ -39,12 +39,17 @@ def main() -> None:
     print(report)
     write(out, runs, report)
     print(f"wrote compare.md, .csv, .json, .png, .svg and .html to {out}")
+    if arguments.upload:
+        upload(arguments.wandb, out)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", metavar="OUT_DIR", nargs="*", type=Path, help="a run, an experiment, or all of out/")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT/GROUP", help="read the runs of a group at wandb instead")
+    parser.add_argument(
+        "--upload", action="store_true", help="with --wandb: put the result there, as a run of the group"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: the first OUT_DIR)")
     parser.add_argument("--reference", metavar="RUN", help="run to compare with (default: the first with AdamW)")
     parser.add_argument(
@@ -53,6 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if bool(arguments.folders) == bool(arguments.wandb):
         raise UserError("what is to be compared? Give folders (out/EXPERIMENT), or --wandb=ENTITY/PROJECT/GROUP")
+    if arguments.upload and not arguments.wandb:
+        raise UserError("--upload: where to? Add --wandb=ENTITY/PROJECT/GROUP")
     return arguments
 
 
@@ -250,6 +257,20 @@ def write(out: Path, runs: list[Run], report: str) -> None:
             file.write(text.encode())
     pictures.draw_curves(runs, [out / "compare.png", out / "compare.svg"])
     pictures.write_page(runs, report, out / "compare.html")
+
+
+def upload(path: str, out: Path) -> None:
+    """The picture as a run of its own in the group, and all files as an artifact."""
+    import wandb
+
+    entity, project, group = path.split("/")
+    run = wandb.init(entity=entity, project=project, group=group, job_type="compare", name="compare", dir=out)
+    artifact = wandb.Artifact(f"compare-{group}", type="comparison")
+    for suffix in ("md", "csv", "json", "png", "svg", "html"):
+        artifact.add_file(str(out / f"compare.{suffix}"))
+    run.log({"curves": wandb.Image(str(out / "compare.png"))})
+    run.log_artifact(artifact)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from metrics import to_line
 from model import GPT, summed_loss
 from scripts import analysis, compare, figures, hessian, toy
 from tests.conftest import TINY
+from tests.wandb_file import read_history
 
 
 def write_run(out: Path, run: str, losses: list[float], **overrides: object) -> Path:
@@ -226,6 +227,14 @@ def test_wandb_runs_are_read_like_folders(tmp_path: Path, monkeypatch) -> None:
     }.items():
         with pytest.raises(UserError, match=says):
             analysis.wandb_runs(wrong)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--wandb=me/project/tiny", "--upload", f"--out={out}"])
+    run_main(compare.main)
+    (stored,) = out.rglob("run-*.wandb")
+    run, rows = read_history(stored)
+    assert (run.entity, run.project, run.run_group, run.job_type) == ("me", "project", "tiny", "compare")
+    assert [row["curves._type"] for row in rows] == ["image-file"]
 
 
 def figure(monkeypatch, capsys, *arguments: object) -> list[list[str]]:
