@@ -205,6 +205,8 @@ SECTIONS: dict[str, type[Section]] = {
 }
 KEYS = {f"{section}.{key}": field for section, schema in SECTIONS.items() for key, field in schema.model_fields.items()}
 
+SHORT = {"init_from": ["--init-from"]}  # beside --train.init_from
+
 # Keys that a resumed run may change: they alter where, how fast or how often, not what is computed (beyond rounding).
 FREE_KEYS = {
     "data.path",
@@ -440,6 +442,5 @@ def _parser() -> argparse.ArgumentParser:
             if kind == "Literal" or kind.startswith("typing.Literal"):
                 kind = "|".join(field.annotation.__args__)  # type: ignore[union-attr]
             text = f"{field.description}{default}".replace("%", "%%")
-            short = ["--init-from"] if key == "init_from" else []
-            group.add_argument(f"--{section}.{key}", *short, metavar=kind, help=text)
+            group.add_argument(f"--{section}.{key}", *SHORT.get(key, ()), metavar=kind, help=text)
     return parser

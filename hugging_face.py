@@ -28,7 +28,13 @@ SHAPE = {
     "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", False),
 }
 # What our model cannot do otherwise.
-FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+FIXED = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+    "add_cross_attention": False,
+}
 
 
 def to_hugging_face(model: GPT) -> dict[str, Tensor]:
@@ -45,6 +51,7 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
     return tensors
 
 
+@torch.no_grad()
 def load_weights(model: GPT, source: str) -> None:
     """Copy the weights of a folder in Hugging Face's format, or of one of OpenAI's models, into ours.
 
@@ -53,9 +60,12 @@ def load_weights(model: GPT, source: str) -> None:
     folder = _folder(source)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("config.json is no object")
         tensors = _read_tensors(folder)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{source}: no weights in Hugging Face's format ({reason(error)})") from None
+    config = {key: value for key, value in config.items() if value is not None}
     _refuse_other_shape(source, config, model.config)
     biased = any(name.endswith(".bias") and tensor.any() for name, tensor in tensors.items())
     if biased and not model.config.bias:
@@ -102,15 +112,16 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError("no .safetensors file in it")
+    index = folder / "model.safetensors.index.json"  # of a model in several files
+    names = {"model.safetensors"}
+    if index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for name in names:
         try:
-            tensors |= load_file(file)
+            tensors |= load_file(folder / name)
         except SafetensorError as error:
-            raise ValueError(f"{file.name}: {reason(error)}") from None
+            raise ValueError(f"{name}: {reason(error)}") from None
     # OpenAI's files lack the prefix, and hold the causal mask as attn.bias.
     named = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in named.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
@@ -124,7 +135,7 @@ def _refuse_other_shape(source: str, theirs: dict[str, Any], ours: ModelConfig) 
                 f"{source}: has {name} = {value}, the model {getattr(ours, key)}; add --model.{key}={value}"
             )
     positions = theirs.get("n_positions", 1024)
-    if positions < ours.block_size:
+    if not isinstance(positions, int) or positions < ours.block_size:
         raise UserError(
             f"{source}: knows {positions} positions, the model has {ours.block_size}; "
             f"add --model.block_size={positions}"
@@ -136,7 +147,6 @@ def _refuse_other_shape(source: str, theirs: dict[str, Any], ours: ModelConfig) 
         raise UserError(f"{source}: predicts the next token; it is no start for model.causal = false")
 
 
-@torch.no_grad()
 def hugging_face_config(config: ModelConfig, end_of_text: int) -> dict[str, Any]:
     """The arguments of transformers' GPT2Config for a model of this shape, without dropout."""
     shape = {name: getattr(config, key) for key, (name, _) in SHAPE.items()}

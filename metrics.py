@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config import Config
 from files import whole_file
-from mirrors import finish_wandb, for_wandb, start_tensorboard, start_wandb, write_scalars
+from mirrors import finish_wandb, for_wandb, start_tensorboard, start_wandb, upload_code, write_scalars
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets; the first name that the device's contains counts.
 # A device that is not listed gets no MFU rather than a wrong one.
@@ -138,6 +138,8 @@ class RunLog:
         self.max_steps = config.train.max_steps
         self.path, self.config = path, config
         self.wandb = start_wandb(config, resolved | {"environment": environment}, kept)
+        if self.wandb and config.wandb.save_code:
+            upload_code(self.wandb)
         self.tensorboard = start_tensorboard(config, kept)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=self.max_steps, initial=step, unit="step", desc=config.run, disable=not terminal)

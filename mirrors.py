@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import shutil
@@ -19,6 +20,14 @@ from plan import step_flops
 AXES = ("tokens", "seconds", "flops")
 
 
+def check_installed(config: Config) -> None:
+    """Raise UserError where a mirror's package is missing, before anything of the run exists."""
+    asked = {"wandb": config.wandb.mode != "disabled", "tensorboard": config.train.tensorboard}
+    for name, needed in asked.items():
+        if needed and not importlib.util.find_spec(name):
+            raise UserError(f"{name} is missing: python -m pip install {name}, or train without it")
+
+
 def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str, Any]]) -> Any:
     """A wandb run named like ours, in the experiment's group, that has the `records` of metrics.jsonl already.
 
@@ -32,7 +41,8 @@ def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str
 
     id_file = config.run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))  # a sweep's agent has chosen one
+        in_sweep = "WANDB_SWEEP_ID" in os.environ  # then the agent has chosen
+        id_file.write_text(os.environ["WANDB_RUN_ID"] if in_sweep else secrets.token_hex(4))
     options: dict[str, Any] = {
         "project": config.wandb.project,
         "group": config.experiment,
@@ -61,8 +71,6 @@ def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str
     for record in records:
         if record["step"] >= known and is_mirrored(record):
             run.log(for_wandb(config, record), step=record["step"])
-    if config.wandb.save_code:
-        run.log_artifact(code_artifact(config))
     return run
 
 
@@ -87,29 +95,28 @@ def finish_wandb(run: Any, records: list[dict[str, Any]]) -> None:
     run.finish()
 
 
-def code_artifact(config: Config) -> Any:
-    """The files that git knows, as they are now."""
+def upload_code(run: Any) -> None:
+    """The files that git knows, as they are now, as an artifact of the run."""
     import wandb
 
     root = Path(__file__).parent
     listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True).stdout
-    artifact = wandb.Artifact(f"code-{config.experiment}", type="code")
-    for name in filter(None, listed.split("\0")):
-        if (root / name).is_file():
-            artifact.add_file(str(root / name), name=name)
-    return artifact
+    files = [name for name in listed.split("\0") if (root / name).is_file()]
+    if not files:
+        print("warning: wandb.save_code: git knows no file here; nothing is uploaded", file=sys.stderr)
+        return
+    artifact = wandb.Artifact(f"code-{run.id}", type="code")
+    for name in files:
+        artifact.add_file(str(root / name), name=name)
+    run.log_artifact(artifact)
 
 
 def start_tensorboard(config: Config, records: list[dict[str, Any]]) -> Any:
     """A writer to RUN/tensorboard that begins anew from the `records` of metrics.jsonl, so that no point is doubled."""
     if not config.train.tensorboard:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "tensorboard is missing: python -m pip install tensorboard, or train.tensorboard = false"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     folder = config.run_dir / "tensorboard"
     shutil.rmtree(folder, ignore_errors=True)
     writer = SummaryWriter(str(folder))

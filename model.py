@@ -91,8 +91,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss_chunk = loss_chunk
-        padded_vocab = math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.wte = nn.Embedding(padded_vocab, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size + padding_rows(config), config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -134,6 +133,7 @@ class GPT(nn.Module):
         empty, with the whole prompt; after it T is 1. All tokens together are at most block_size.
         """
         past = caches[0][0].shape[2] if caches[0] else 0
+        assert past == 0 or tokens.shape[1] == 1, "attention's mask is made for a whole prompt, or for one token"
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)
         for block, cache in zip(self.blocks, caches, strict=True):
@@ -170,6 +170,11 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def padding_rows(config: ModelConfig) -> int:
+    """Rows of the embedding table that are no tokens."""
+    return -config.vocab_size % VOCAB_MULTIPLE
 
 
 @functools.cache

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import hugging_face
 import metrics
+import mirrors
 import optimizers
 from config import Config, parse_command_line
 from data.batches import (
@@ -87,6 +88,7 @@ def main() -> None:
         if place.rank == 0:
             print_plan(config, place.world_size, place.device.type)
         return
+    mirrors.check_installed(config)
     folder, shape = Path(config.data.path), config.model
     tokens = {split: open_tokens(folder, split, shape.text_vocab_size, shape.block_size) for split in ("train", "val")}
     saved = checkpoint.open_run(config, flags.resume, tokens)
@@ -171,7 +173,7 @@ def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Ru
 def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
     if saved is None:
         if run.config.train.init_from:
-            hugging_face.load_weights(run.model, run.config.train.init_from)
+            start_from(run, run.config.train.init_from)
         return Progress()
     try:
         load_states(run, saved)
@@ -181,6 +183,15 @@ def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
         raise UserError(f"{newest}: not a checkpoint of this run ({reason(error)}); remove it") from None
     saved.clear()  # or its copy of weights and states would stay in memory as long as main() runs
     return progress
+
+
+def start_from(run: Run, source: str) -> None:
+    """Weights in Hugging Face's format, which rank 0 reads."""
+    if run.place.rank == 0:
+        hugging_face.load_weights(run.model, source)
+    if run.place.world_size > 1:
+        for weight in run.model.state_dict().values():
+            dist.broadcast(weight, src=0)
 
 
 def load_states(run: Run, saved: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sophia import SophiaG, sampled_label_loss
 
-FP16_SCALE = 1024.0  # small gradients vanish in fp16; those that overflow instead leave h alone
+FP16_SCALE = 64.0  # of a summed loss: small gradients vanish in fp16; where one overflows instead, h stays as it is
 
 
 class SophiaCallback(TrainerCallback):
@@ -42,21 +42,23 @@ class SophiaCallback(TrainerCallback):
             self.estimate(kwargs["model"], args)
 
     def estimate(self, model: nn.Module, args: TrainingArguments) -> None:
-        inputs = next(self.batches)["input_ids"].to(args.device)
-        scale = FP16_SCALE if args.fp16 else 1.0
-        logits = model(input_ids=inputs).logits[:, :-1]  # the last one has no label in the loss either
+        inputs = {name: tensor.to(args.device) for name, tensor in next(self.batches).items()}
+        predicts = inputs.pop("labels")[:, 1:] != -100  # where Trainer's loss has a label: not at padding
         if self.generator is None:  # other labels on each rank
             self.generator = torch.Generator(args.device).manual_seed(args.seed + args.process_index)
-        labels = torch.rand(logits.shape[:2], device=args.device, generator=self.generator)
-        (scale * sampled_label_loss(logits, labels)).backward()
+        logits = model(**inputs).logits[:, :-1][predicts]  # (n, V)
+        uniforms = torch.rand(len(logits), device=args.device, generator=self.generator)
+        scale = FP16_SCALE if args.fp16 else 1.0
+        (scale * sampled_label_loss(logits, uniforms, reduction="sum")).backward()
+        count = torch.tensor(float(len(logits)), device=args.device)
         grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if args.world_size > 1:
+            for tensor in (*grads, count):
+                dist.all_reduce(tensor)
         for grad in grads:
-            grad.div_(scale)
-            if args.world_size > 1:
-                dist.all_reduce(grad)
-                grad.div_(args.world_size)
+            grad.div_(scale * count)  # of the mean over all ranks' labels
         overflow = (~torch.isfinite(nn.utils.get_total_norm(grads))).float()
-        self.optimizer.update_hessian_from_grad(n_labels=labels.numel() * args.world_size, found_inf=overflow)
+        self.optimizer.update_hessian_from_grad(n_labels=int(count), found_inf=overflow)
         self.optimizer.zero_grad()
 
 
@@ -95,7 +97,7 @@ def main() -> None:
             max_steps=arguments.steps,
             per_device_train_batch_size=16,
             gradient_accumulation_steps=2,
-            logging_steps=arguments.steps // 3,
+            logging_steps=20,
             bf16=arguments.bf16,
             fp16=arguments.fp16,
             use_cpu=not torch.cuda.is_available(),

@@ -25,6 +25,7 @@ class Classifier(lightning.LightningModule):
     def __init__(self, interval: int = 10) -> None:
         super().__init__()
         self.interval = interval
+        self.generator: torch.Generator | None = None
         self.layers = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, 4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,17 +35,22 @@ class Classifier(lightning.LightningModule):
         return SophiaG(self.parameters(), lr=3e-3, betas=(0.9, 0.95), rho=0.05)
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
-        accumulated = self.trainer.accumulate_grad_batches
-        if batch_idx % (self.interval * accumulated) == 0:  # a step begins here: no gradient yet
-            x, _ = batch
-            loss = sampled_label_loss(self(x), torch.rand(len(x), device=self.device))
-            loss.backward()
-            for parameter in self.parameters():  # the mean over the ranks
-                parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
-            # Lightning's own wrapper of the optimizer counts steps, but passes everything else on.
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            optimizer.update_hessian_from_grad(n_labels=len(x) * self.trainer.world_size)
-            optimizer.zero_grad()
+        begins_step = batch_idx % self.trainer.accumulate_grad_batches == 0  # no gradient yet
+        if begins_step and self.trainer.global_step % self.interval == 0:
+            self.estimate(batch[0])
+
+    def estimate(self, x: Tensor) -> None:
+        if self.generator is None:  # other labels on each rank
+            self.generator = torch.Generator(self.device).manual_seed(self.global_rank)
+        uniforms = torch.rand(len(x), device=self.device, generator=self.generator)
+        with self.trainer.precision_plugin.forward_context():
+            loss = sampled_label_loss(self(x), uniforms)
+        loss.backward()
+        for parameter in self.parameters():  # the mean over the ranks
+            parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.update_hessian_from_grad(n_labels=len(x) * self.trainer.world_size)
+        optimizer.zero_grad()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y = batch

@@ -1,4 +1,4 @@
-"""Sophia-G in a plain PyTorch loop: copy sophia.py, and add the five lines marked with an arrow.
+"""Sophia-G in a plain PyTorch loop: copy sophia.py, and add the four lines marked with an arrow.
 
 python examples/plain.py            # a small character model of this file's neighbours; seconds on a CPU
 """

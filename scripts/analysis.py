@@ -156,7 +156,7 @@ def wandb_runs(path: str) -> list[Run]:
         raise UserError(f"--wandb={path}: must be ENTITY/PROJECT/GROUP; the group is the experiment's name")
     try:
         found = list(wandb.Api().runs("/".join(parts[:2]), filters={"group": parts[2]}))
-        runs = [_from_wandb(run) for run in found]
+        runs = [_from_wandb(run) for run in found if "optimizer" in run.config]  # not what compare.py uploaded
     except (wandb.errors.Error, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--wandb={path}: wandb cannot be read ({reason(error)}); is the path right?") from None
     validated = [run for run in runs if run.validations]

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, run_main
+from errors import UserError, reason, run_main
 from files import whole_file
 from scripts import analysis, pictures
 from scripts.analysis import Group, Run
@@ -264,7 +264,10 @@ def upload(path: str, out: Path) -> None:
     import wandb
 
     entity, project, group = path.split("/")
-    run = wandb.init(entity=entity, project=project, group=group, job_type="compare", name="compare", dir=out)
+    try:
+        run = wandb.init(entity=entity, project=project, group=group, job_type="compare", name="compare", dir=out)
+    except wandb.errors.Error as error:
+        raise UserError(f"--upload: wandb cannot be reached ({reason(error)}); the files are in {out}") from None
     artifact = wandb.Artifact(f"compare-{group}", type="comparison")
     for suffix in ("md", "csv", "json", "png", "svg", "html"):
         artifact.add_file(str(out / f"compare.{suffix}"))

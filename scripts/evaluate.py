@@ -7,8 +7,8 @@
 Each DIR is what export_hf.py writes, or any causal model of transformers. Without --tasks: BoolQ, CB, COPA and RTE of
 SuperGLUE, 2-shot, with 5 draws of the examples shown, and HellaSwag and LAMBADA with none shown. Prints accuracies,
 mean ± standard error over the draws (of one draw: the harness's own over the questions), and writes evaluate.md, .json
-and .png. Under torchrun the ranks share out models, tasks and draws. Needs requirements-hub.txt; the harness downloads
-its questions.
+and .png. Under torchrun the ranks share out models, tasks and draws. Results are kept one by one in evaluate/, and an
+interrupted call goes on. Needs requirements-hub.txt; the harness downloads its questions.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +52,32 @@ class Job:
     task: str
     shots: int
     draw: int
+    limit: int | None
 
 
 @dataclass(frozen=True)
 class Result:
     job: Job
     accuracy: float
-    stderr: float  # over the questions, as the harness estimates it
-    metrics: dict[str, Any]  # all that it says
+    stderr: float | None  # over the questions, as the harness estimates it
+    shots: int  # as shown: a task may have a number of its own
+    metrics: dict[str, Any]  # all that the harness says
 
 
 def main() -> None:
     arguments = parse_arguments()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     jobs = make_jobs(arguments)
-    results = gather([evaluate(arguments, job) for job in jobs[rank::world_size]], world_size)
+    done, problem = [], None
+    try:
+        done = [evaluate(arguments, job) for job in jobs[rank::world_size]]
+    except UserError as error:
+        problem = str(error)
+    results, problems = gather(done, problem, world_size)
+    if rank == 0 and problems:
+        raise UserError(problems[0])
     if rank == 0:
-        report(sorted(results, key=lambda result: jobs.index(result.job)), arguments.out or arguments.models[0])
+        report(sorted(results, key=lambda result: jobs.index(result.job)), out_of(arguments))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,34 +107,61 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     few = arguments.tasks.split(",") if arguments.tasks else list(FEW_SHOT)
     shots = dict.fromkeys(few, arguments.shots) | ({} if arguments.tasks else dict.fromkeys(ZERO_SHOT, 0))
     return [
-        Job(str(model), task, n, draw)
+        Job(str(model), task, n, draw, arguments.limit)
         for model, (task, n) in itertools.product(arguments.models, shots.items())
         for draw in range(arguments.draws if n else 1)  # with no examples there is nothing to draw
     ]
 
 
+def out_of(arguments: argparse.Namespace) -> Path:
+    return arguments.out or arguments.models[0]
+
+
 def evaluate(arguments: argparse.Namespace, job: Job) -> Result:
+    """The job's result, from its file in evaluate/ where an earlier call came that far with the same model."""
+    name = "-".join(f"{value}" for value in asdict(job).values()).replace("/", "_")
+    path = out_of(arguments) / "evaluate" / f"{name}.json"
+    if path.exists() and path.stat().st_mtime > Path(job.model, "config.json").stat().st_mtime:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return Result(**saved | {"job": Job(**saved["job"])})
+    result = call_harness(arguments, job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps(asdict(result), default=str).encode())
+    print(f"{job.model}  {job.task}  draw {job.draw}: {result.accuracy:.4f}", flush=True)
+    return result
+
+
+def call_harness(arguments: argparse.Namespace, job: Job) -> Result:
     from lm_eval import simple_evaluate
 
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     with alone():
+        model = load(job.model, device, arguments.batch_size)
         try:
             found = simple_evaluate(
-                load(job.model, arguments.batch_size),
+                model,
                 tasks=[job.task],
                 num_fewshot=job.shots,
-                limit=arguments.limit,
+                limit=job.limit,
                 fewshot_random_seed=job.draw,
                 task_manager=task_manager(arguments.include_path),
+                bootstrap_iters=10,  # accuracy's error has a formula; other metrics' is not asked for
                 log_samples=False,
             )
+        except torch.OutOfMemoryError:
+            raise UserError(f"{job.model}: out of memory in {job.task}; lower --batch-size") from None
         except Exception as error:  # a task's download, its file, its name: the harness has no error of its own
             raise UserError(f"task {job.task}: the harness could not run it ({reason(error)})") from None
+    if job.task not in found["results"]:
+        raise UserError(f"task {job.task}: is a group; name its tasks: {','.join(found['results'])}")
     metrics = found["results"][job.task]
     name = f"{METRIC.get(job.task, 'acc')},none"
     if name not in metrics:
         raise UserError(f"task {job.task}: has no {name.split(',')[0]}, only {', '.join(metrics)}")
-    stderr = metrics.get(name.replace(",", "_stderr,"), math.nan)
-    return Result(job, metrics[name], stderr, metrics)
+    stderr = metrics.get(name.replace(",", "_stderr,"))  # "N/A" of a single question
+    shots = found["n-shot"][job.task]
+    return Result(job, metrics[name], stderr if isinstance(stderr, float) else None, shots, metrics)
 
 
 @functools.cache
@@ -136,13 +173,14 @@ def task_manager(folder: str | None) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def load(model: str, batch_size: int) -> Any:
+def load(model: str, device: str, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    with alone():
-        return HFLM(model, device=f"cuda:{rank}" if torch.cuda.is_available() else "cpu", batch_size=batch_size)
+    try:
+        return HFLM(model, device=device, batch_size=batch_size)
+    except Exception as error:  # whatever transformers finds wrong with the folder
+        raise UserError(f"{model}: cannot be loaded as a causal model ({reason(error)})") from None
 
 
 @contextmanager
@@ -156,15 +194,15 @@ def alone() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def gather(results: list[Result], world_size: int) -> list[Result]:
-    """All ranks' results, on every rank."""
-    if world_size == 1:
-        return results
-    dist.init_process_group("gloo")
-    parts: list[list[Result]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(parts, results)
-    dist.destroy_process_group()
-    return [result for part in parts for result in part]
+def gather(done: list[Result], problem: str | None, world_size: int) -> tuple[list[Result], list[str]]:
+    """All ranks' results and problems, on every rank; ranks wait here for those with longer tasks."""
+    parts: list[Any] = [(done, problem)]
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        parts = [None] * world_size
+        dist.all_gather_object(parts, (done, problem))
+        dist.destroy_process_group()
+    return [result for results, _ in parts for result in results], [text for _, text in parts if text]
 
 
 def report(results: list[Result], out: Path) -> None:
@@ -172,7 +210,6 @@ def report(results: list[Result], out: Path) -> None:
     for (model, task), group in itertools.groupby(results, key=lambda result: (result.job.model, result.job.task)):
         cells.setdefault(model, {})[task] = over_draws(list(group))
     rows = [{"run": m} | {task: f"{a:.4f} ± {e:.4f}" for task, (a, e) in tasks.items()} for m, tasks in cells.items()]
-    out.mkdir(parents=True, exist_ok=True)
     table = format_table(rows)
     contents = {"md": table, "json": json.dumps([asdict(result) for result in results], indent=1, default=str)}
     for suffix, text in contents.items():
@@ -184,10 +221,11 @@ def report(results: list[Result], out: Path) -> None:
 
 
 def over_draws(results: list[Result]) -> tuple[float, float]:
-    """Mean accuracy and its standard error."""
+    """Mean accuracy and its standard error: over the draws; where nothing was drawn, over the questions."""
     values = [result.accuracy for result in results]
-    if len(values) == 1:
-        return values[0], results[0].stderr
+    if len(values) == 1 or results[0].shots == 0:
+        error = results[0].stderr
+        return values[0], math.nan if error is None else error
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -199,7 +237,7 @@ def draw_bars(cells: dict[str, dict[str, tuple[float, float]]], path: Path) -> N
     for index, (model, values) in enumerate(cells.items()):
         places = [place + (index - (len(cells) - 1) / 2) * width for place in range(len(tasks))]
         heights, errors = zip(*values.values(), strict=True)
-        panel.bar(places, heights, width, yerr=errors, capsize=3, label=model)
+        panel.bar(places, heights, width, yerr=[0 if math.isnan(e) else e for e in errors], capsize=3, label=model)
     panel.set_xticks(range(len(tasks)), tasks)
     panel.set_ylabel("accuracy")
     panel.legend(frameon=False)

@@ -25,7 +25,7 @@ from data.tokenize import gpt2_files, load_tokenizer
 from errors import UserError, run_main
 from hugging_face import hugging_face_config, to_hugging_face
 from metrics import read_metrics
-from model import num_parameters
+from model import num_parameters, padding_rows
 
 END_OF_TEXT = "<|endoftext|>"
 CARD = """---
@@ -38,6 +38,7 @@ tags: [gpt2, {optimizer}]
 GPT-2 of {parameters:,} parameters, trained with {optimizer} for {step:,} of {max_steps:,} steps by a reproduction of
 Sophia (arXiv 2305.14342). A base model: it continues text, and was not made safe or helpful.
 
+* Started from: {start}
 * Training data: {data}, {tokens:,} tokens seen ({batch_size} sequences of {block_size} a step)
 * Validation loss: {loss}
 * Trained at commit {commit} on {world_size} × {device}
@@ -47,11 +48,16 @@ from transformers import pipeline
 pipeline("text-generation", "PATH OF THIS FOLDER")("Once upon a time")
 ```
 
-The whole recipe:
+{scaling}The whole recipe:
 
 ```json
 {recipe}
 ```
+"""
+
+SCALING = """Layer i divides its attention scores by i (`scale_attn_by_inverse_layer_idx`). The default attention of
+transformers ignored that until March 2026 (its pull request 44397); to an older one pass `attn_implementation="eager"`.
+
 """
 
 
@@ -91,7 +97,7 @@ def export(path: Path, out: Path) -> None:
 
 
 def make_tokenizer(name: str, block_size: int) -> Any:
-    """transformers' tokenizer with the token ids of ours."""
+    """transformers' tokenizer with our token ids; but it takes a text's own "<|endoftext|>" for the token."""
     from transformers import GPT2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -117,13 +123,16 @@ def model_card(path: Path, config: Config, step: int, meta: dict[str, Any]) -> s
         loss = f"{at[-1]['val_loss']:.4f} nats a token" if at else loss
     recipe = config.model_dump(exclude_none=True, exclude={"wandb"})
     recipe["train"].pop("out_dir")
+    path_of_data = recipe["data"].pop("path")
     return CARD.format(
         name=f"{config.experiment}/{config.run}",
         optimizer=config.optimizer.name,
-        parameters=num_parameters(config.model),
+        parameters=num_parameters(config.model) - padding_rows(config.model) * config.model.n_embd,
         step=step,
         max_steps=config.train.max_steps,
-        data=json.dumps(meta["source"]) if "source" in meta else config.data.path,
+        start=config.train.init_from or "random weights",
+        scaling=SCALING if config.model.scale_attn_by_inverse_layer_idx else "",
+        data=json.dumps(meta["source"]) if "source" in meta else Path(path_of_data).name,
         tokens=step * config.train.batch_size * config.model.block_size,
         batch_size=config.train.batch_size,
         block_size=config.model.block_size,

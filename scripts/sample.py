@@ -80,8 +80,10 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
         return logits.argmax(-1, keepdim=True)
     ordered, tokens = logits.sort(-1, descending=True)
     probabilities = (ordered[:, : top_k or None] / temperature).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # what likelier tokens make up already
-    return tokens.gather(-1, torch.multinomial(probabilities * (before < top_p), 1, generator=generator))
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities  # what likelier tokens make up already
+        probabilities = probabilities * (before < top_p)
+    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _parser() -> argparse.ArgumentParser:

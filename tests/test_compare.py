@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +217,8 @@ def test_wandb_runs_are_read_like_folders(tmp_path: Path, monkeypatch) -> None:
         def runs(self, path: str, filters: dict[str, str]) -> list[Stored]:
             if path != "me/project":
                 raise ValueError(f"could not find {path}")
-            return [Stored(run) for run in local if filters == {"group": "tiny"}]
+            uploaded = types.SimpleNamespace(config={}, scan_history=lambda: [{"curves": "an image"}])
+            return [*(Stored(run) for run in local), uploaded] if filters == {"group": "tiny"} else []
 
     monkeypatch.setattr(wandb, "Api", Api)
     found = analysis.wandb_runs("me/project/tiny")
@@ -227,7 +230,7 @@ def test_wandb_runs_are_read_like_folders(tmp_path: Path, monkeypatch) -> None:
     }.items():
         with pytest.raises(UserError, match=says):
             analysis.wandb_runs(wrong)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", functools.partial(wandb.init, mode="offline"))
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["compare.py", "--wandb=me/project/tiny", "--upload", f"--out={out}"])
     run_main(compare.main)

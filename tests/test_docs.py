@@ -29,8 +29,9 @@ def test_an_optimizer_is_added_as_the_document_says(tmp_path: Path, tiny_data: P
     shutil.copytree(
         ROOT, copy, ignore=lambda folder, names: [n for n in names if n[0] == "." or n in ("out", "results")]
     )
-    done = subprocess.run(["patch", "-p1"], input=block(text, "diff"), capture_output=True, text=True, cwd=copy)
-    assert done.returncode == 0, done.stdout
+    (copy / "radam.patch").write_text(block(text, "diff"))
+    done = subprocess.run(["git", "apply", "radam.patch"], capture_output=True, text=True, cwd=copy)
+    assert done.returncode == 0, done.stderr
     (copy / "configs/gpt2_30m.toml").write_text(TINY.format(data=tiny_data, out=tmp_path / "out"))
     (copy / "configs/radam.toml").write_text(block(text, "toml"))
 
@@ -48,10 +49,27 @@ def test_an_optimizer_is_added_as_the_document_says(tmp_path: Path, tiny_data: P
     assert whole[-1][1] < whole[0][1]
 
 
+def anchors(path: Path) -> set[str]:
+    """Of a document's headings, as they are made from their text."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_named_files_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", text):
-        assert (path.parent / target).exists(), target
-    for name in re.findall(r"`((?:scripts|configs|data|docs|examples|tests)/[\w./-]+\.\w+)", text):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        linked = path.parent / target if target else path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+    for name in named_files(text) - {"configs/radam.toml"}:  # which the reader makes
         assert (ROOT / name).exists(), name
+
+
+def named_files(text: str) -> set[str]:
+    return set(re.findall(r"\b((?:scripts|configs|docs|examples|tests|data)/[\w./-]+\.(?:py|sh|toml|yaml|md))\b", text))
+
+
+def test_the_readme_names_what_there_is_to_run() -> None:
+    named = named_files((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {"scripts/run.py", "scripts/compare.py", "scripts/export_hf.py", "scripts/quickstart.sh"} <= named

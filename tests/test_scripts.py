@@ -10,15 +10,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from config import ModelConfig
-from model import GPT
-from scripts import sample
+from config import ModelConfig, load_experiment
+from model import GPT, flops_per_token
+from scripts import analysis, sample
 from tests.conftest import OPTIMIZERS, ROOT, read_lines
-from tests.wandb_file import read_history
+from tests.wandb_file import as_dict, read_history, read_records
 
 
 def run_script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -202,6 +203,32 @@ def test_mfu_is_known_for_known_devices_alone() -> None:
     records = [{"step_ms": 500.0}, {"step_ms": 300.0, "hessian_ms": 200.0}]
     assert throughput(records, 1000, 1e12, torch.device("cpu"), 1) == {"tokens_per_second": 2000.0}
     assert time_left(math.floor(86400 + 2 * 3600 + 61)) == "1 d 02:01:01"
+
+
+def test_wandb_has_four_axes_a_summary_and_the_code(experiment: Path, run_train, tmp_path: Path) -> None:
+    run_train(experiment, "--run=sophia-g", "--wandb.mode=offline", "--wandb.save_code=true")
+    folder = tmp_path / "out/tiny/sophia-g"
+    (stored,) = folder.rglob("run-*.wandb")
+    records = list(read_records(stored))
+    axes = {r.metric.name: r.metric.step_metric for r in records if r.HasField("metric")}
+    assert {f"val_loss_by_{axis}": axis for axis in ("tokens", "seconds", "flops")}.items() <= axes.items()
+    config = load_experiment(experiment, "sophia-g")
+    a_step = 8 * 16 * flops_per_token(config.model) * (1 + 4 / 8 / 3)  # an estimate on half the batch every 3 steps
+    rows = [as_dict(r.history.item) for r in records if r.HasField("history")]
+    for row in (row for row in rows if "val_loss" in row):
+        assert row["flops"] == pytest.approx(row["step"] * a_step)
+        assert row["val_loss_by_flops"] == row["val_loss_by_tokens"] == row["val_loss_by_seconds"] == row["val_loss"]
+    summary: dict[str, Any] = {}
+    for record in (r for r in records if r.HasField("summary")):
+        summary |= as_dict(record.summary.update)
+    (run,) = analysis.find_runs([folder])
+    step_ms, hessian_ms = analysis.step_times([run])
+    expected = {"step": 12, "val_loss": run.final_loss, "step_ms": step_ms, "hessian_ms": hessian_ms}
+    assert {f"final/{key}": value for key, value in expected.items()}.items() <= summary.items()
+    (artifact,) = [r.request.log_artifact.artifact for r in records if r.request.HasField("log_artifact")] or [
+        r.artifact for r in records if r.HasField("artifact") and r.artifact.type == "code"
+    ]
+    assert {"train.py", "configs/gpt2_30m.toml"} <= {entry.path for entry in artifact.manifest.contents}
 
 
 def test_tensorboard_has_each_point_once_after_a_resume_too(experiment: Path, run_train, tmp_path: Path) -> None:

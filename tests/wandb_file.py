@@ -17,15 +17,23 @@ LAST, FULL = 4, 1
 def read_history(path: Path) -> tuple[Any, list[dict[str, Any]]]:
     """The run's record (group, name, …) and the rows that were logged."""
     run, rows = None, []
-    for data in _records(path.read_bytes()):
-        record = pb.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
+    for record in read_records(path):
         if record.HasField("run"):
             run = record.run
         if record.HasField("history"):
-            items = record.history.item
-            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+            rows.append(as_dict(record.history.item))
     return run, rows
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    for data in _records(path.read_bytes()):
+        record = pb.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(data)
+        yield record
+
+
+def as_dict(items: Any) -> dict[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 def _records(content: bytes) -> Iterator[bytes]:

@@ -1,0 +1,49 @@
+"""For torchrun, two ranks: SophiaG under FSDP2 against one process with the whole batch, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from examples.fsdp2 import estimate
+from sophia import SophiaG
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 11))
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded)
+    optimizers = [SophiaG(model.parameters(), lr=1e-2, betas=(0.9, 0.9), rho=1.0) for model in (plain, sharded)]
+    for step in range(20):
+        x, y = torch.randint(11, (2, 8, 6))
+        uniforms = torch.rand(8, 6)
+        mine = slice(rank * 4, rank * 4 + 4)
+        if step % 5 == 0:
+            estimate(plain, optimizers[0], x, uniforms, 1)
+            estimate(sharded, optimizers[1], x[mine], uniforms[mine], world_size)
+        F.cross_entropy(plain(x).flatten(0, 1), y.flatten()).backward()
+        F.cross_entropy(sharded(x[mine]).flatten(0, 1), y[mine].flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
+        state = optimizers[1].state[q]
+        assert isinstance(state["hessian"], DTensor)
+        torch.testing.assert_close(q.full_tensor(), p)
+        torch.testing.assert_close(state["hessian"].full_tensor(), optimizers[0].state[p]["hessian"])
+        assert (state["hessian"].full_tensor() > 0).any()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
