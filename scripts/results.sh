@@ -35,6 +35,8 @@ python scripts/hessian.py histogram out/gpt2_30m-cpu/adamw --out results/cpu/fig
 
 run released_125m --seeds=3
 compare released_125m out/released_125m-cpu --reference=tuned-adamw
+run ablation_schedule --sweep=axes
+compare ablation_schedule out/ablation_schedule-cpu
 sweep ablation_ingredients --x=optimizer.lr
 sweep ablation_rho --x=optimizer.rho
 sweep ablation_rho_beta2 --x=optimizer.beta2 --y=optimizer.rho
