@@ -107,37 +107,60 @@ def sweep(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
     for key in filter(None, (arguments.x, arguments.y)):
         if key not in KEYS:
             raise UserError(f"{key}: no key of a config; see train.py --help")
-    lines: dict[str, dict[float, float]] = {}
+    lines: dict[tuple[str, Any], dict[float, float]] = {}  # {(run of the file, y): {x: loss}}
+    optimizers: dict[str, str] = {}
     for group in analysis.group_runs(runs):
         config = group.runs[0].config
         x, y = value_of(config, arguments.x), value_of(config, arguments.y) if arguments.y else None
-        if not isinstance(x, int | float):
-            continue
-        name = group.table + ("" if y is None else f", {arguments.y.split('.')[1]} {y}")
-        cells = lines.setdefault(name, {})
-        cells[x] = min(cells.get(x, float("inf")), group.mean)
+        if isinstance(x, int | float):
+            cells = lines.setdefault((group.table, y), {})
+            cells[x] = min(cells.get(x, float("inf")), group.mean)
+            optimizers[group.table] = group.optimizer
     if not lines:
         raise UserError(f"--x={arguments.x}: no run has a number there")
+    names = {key: key[0] + (f", {arguments.y.split('.')[1]} {key[1]}" if arguments.y else "") for key in lines}
     columns = sorted({x for cells in lines.values() for x in cells})
     rows = []
-    for name, cells in lines.items():
+    for key, cells in lines.items():
         best = min(cells, key=lambda x: cells[x])
         texts = {f"{x:g}": f"{cells[x]:.4f}{' *' if x == best else ''}" if x in cells else "" for x in columns}
-        rows.append({"run": name} | texts | {"best": f"{cells[best]:.4f}"})
+        rows.append({"run": names[key]} | texts | {"best": f"{cells[best]:.4f}"})
+    return rows, draw_sweep(lines, names, optimizers, arguments.x)
+
+
+def draw_sweep(lines: dict[tuple[str, Any], dict[float, float]], names: dict, optimizers: dict, x_label: str) -> Any:
+    """A colour for each run of the file, a line style for each y."""
     plt = pictures.pyplot()
-    figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    styles = itertools.cycle(itertools.product(pictures.LINE_STYLES, list(pictures.COLORS.values())))
-    for (name, cells), (style, color) in zip(lines.items(), styles, strict=False):
+    figure, panel = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    colors = table_colors(optimizers)
+    drawn: dict[str, int] = {}
+    for (table, y), cells in lines.items():
+        style = pictures.LINE_STYLES[drawn.get(table, 0) % len(pictures.LINE_STYLES)]
+        drawn[table] = drawn.get(table, 0) + 1
         xs = sorted(cells)
-        panel.plot(xs, [cells[x] for x in xs], style, color=color, marker="o", ms=4, label=name)
-    if columns[0] > 0 and columns[-1] > 4 * columns[0]:
+        panel.plot(xs, [cells[x] for x in xs], style, color=colors[table], marker="o", ms=4, label=names[table, y])
+    xs = sorted(x for cells in lines.values() for x in cells)
+    if xs[0] > 0 and xs[-1] > 4 * xs[0]:
         panel.set_xscale("log")
-    highest = sorted(loss for cells in lines.values() for loss in cells.values())
-    if highest[-1] > 3 * highest[0]:
+    losses = sorted(loss for cells in lines.values() for loss in cells.values())
+    if losses[-1] > 3 * losses[0]:
         panel.set_yscale("log")  # something diverged
-    panel.set(xlabel=arguments.x, ylabel="final validation loss, nats a token")
-    panel.legend(frameon=False, fontsize="small")
-    return rows, figure
+    panel.set(xlabel=x_label, ylabel="final validation loss, nats a token")
+    figure.legend(loc="outside right center", frameon=False, fontsize="small")
+    return figure
+
+
+def table_colors(optimizers: dict[str, str]) -> dict[str, str]:
+    """{run of the file: colour}: its optimizer's where that is free, else one that no optimizer there has."""
+    free = itertools.chain(
+        (color for name, color in pictures.COLORS.items() if name not in optimizers.values()),
+        itertools.repeat(pictures.OTHER),
+    )
+    colors: dict[str, str] = {}
+    for table, optimizer in optimizers.items():
+        own = pictures.COLORS.get(optimizer)
+        colors[table] = own if own and own not in colors.values() else next(free)
+    return colors
 
 
 def clipped(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:

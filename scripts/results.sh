@@ -13,9 +13,14 @@ python data/stdlib/prepare.py
 run() { python scripts/run.py "configs/$1.toml" --scale=cpu --jobs="$jobs" "${@:2}"; }
 compare() { python scripts/compare.py "${@:2}" --out "results/cpu/$1"; }
 figure() { python scripts/figures.py "$1" "${@:3}" --out "results/cpu/$2"; }
+table() {  # EXPERIMENT FOLDER: of many runs the table and the numbers; the crowded picture of all curves stays in out/
+    python scripts/compare.py "$2"
+    mkdir -p "results/cpu/$1"
+    cp "$2/compare.md" "$2/compare.json" "results/cpu/$1"
+}
 sweep() {  # EXPERIMENT AXES: every combination in its grids
     run "$1" --sweep
-    compare "$1" "out/$1-cpu"
+    table "$1" "out/$1-cpu"
     figure sweep "$1" "out/$1-cpu" "${@:2}"
 }
 
@@ -24,7 +29,7 @@ python scripts/hessian.py estimators --out results/cpu/estimators
 
 # The last round of the search for the settings. What follows has other seeds.
 run gpt2_30m --sweep --seeds=2 --train.out_dir=out/search4
-compare search out/search4
+table search out/search4
 figure sweep search out/search4 --x=optimizer.lr --y=optimizer.beta1
 
 run gpt2_30m --train.seed=1340 --seeds=5 --horizons=1,2,0.5
@@ -35,6 +40,8 @@ python scripts/hessian.py histogram out/gpt2_30m-cpu/adamw --out results/cpu/fig
 
 run released_125m --seeds=3
 compare released_125m out/released_125m-cpu --reference=tuned-adamw
+run ablation_schedule --sweep=axes
+table ablation_schedule out/ablation_schedule-cpu
 sweep ablation_ingredients --x=optimizer.lr
 sweep ablation_rho --x=optimizer.rho
 sweep ablation_rho_beta2 --x=optimizer.beta2 --y=optimizer.rho
