@@ -269,11 +269,11 @@ def read_experiment(path: Path, scale: str = PAPER) -> tuple[dict[str, Any], dic
     """What the runs of the file share, and each run's own table without its grid, at a scale."""
     shared = _at_scale(path, scale)
     runs = shared.pop("runs", None)
-    if not isinstance(runs, dict) or not runs or not all(isinstance(table, dict) for table in runs.values()):
-        raise UserError(f"{path}: no runs; add a table such as [runs.adamw.optimizer]")
     for key in shared:
         if key not in SECTIONS:
             raise UserError(f"{path}: unknown key {key}{_nearest(key)}")
+    if not isinstance(runs, dict) or not runs or not all(isinstance(table, dict) for table in runs.values()):
+        raise UserError(f"{path}: no runs; add a table such as [runs.adamw.optimizer]")
     if wrong := [name for name in runs if not TABLE_NAME.fullmatch(name)]:
         raise UserError(f"{path}: {wrong[0]!r} cannot name a run's folder; use letters, digits, '-', '_' and '.'")
     return shared, {name: _without(table, "grid") for name, table in runs.items()}
@@ -311,6 +311,8 @@ def _read_tree(path: Path, above: list[Path]) -> dict[str, Any]:
     if "base" not in tree:
         return tree
     below = path.parent / str(tree.pop("base"))
+    if not below.is_file():
+        raise UserError(f"{path}: its base {below} is not there")
     if below in above:
         raise UserError(f"{path}: its base {below.name} stands on this file itself")
     return _extend(path, _read_tree(below, [*above, path]), tree)

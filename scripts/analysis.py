@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -116,7 +117,12 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     """The validated runs below the folders. Raises UserError for a folder without any."""
     found: list[Run] = []
     for folder in folders:
-        runs = [run for path in sorted(folder.rglob("metrics.jsonl")) if (run := read_run(path.parent))]
+        runs = []
+        for path in sorted(folder.rglob("metrics.jsonl")):
+            if run := read_run(path.parent):
+                runs.append(run)
+            else:
+                print(f"warning: {path.parent}: has no validation yet, left out", file=sys.stderr)
         if not runs:
             raise UserError(f"{folder}: no run with a validation in it; train one, e.g. with scripts/quickstart.sh")
         found += runs

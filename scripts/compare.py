@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, reason, run_main
+from errors import UserError, number, reason, run_main
 from files import whole_file
 from scripts import analysis, pictures
 from scripts.analysis import Group, Run
@@ -53,7 +53,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: the first OUT_DIR)")
     parser.add_argument("--reference", metavar="RUN", help="run to compare with (default: the first with AdamW)")
     parser.add_argument(
-        "--target", metavar="LOSS", type=float, help="loss to reach, in nats (default: the reference's final one)"
+        "--target",
+        metavar="LOSS",
+        type=number(float, 0),
+        help="loss to reach (default: the reference's last)",
     )
     arguments = parser.parse_args()
     if bool(arguments.folders) == bool(arguments.wandb):

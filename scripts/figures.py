@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,8 @@ def main() -> None:
         raise UserError(f"{arguments.folders[0]}: no finished run; go on with scripts/run.py")
     make: dict[str, Callable[..., tuple[Rows, Any]]]
     make = {"horizons": horizons, "sizes": sizes, "sweep": sweep, "clipped": clipped}
+    if arguments.command != "horizons":
+        runs = of_one_horizon(runs, longest=arguments.command == "clipped")
     rows, figure = make[arguments.command](runs, arguments)
     out = arguments.out or arguments.folders[0]
     pictures.save(figure, [out / f"{arguments.command}.png"])
@@ -61,17 +64,22 @@ def main() -> None:
     print(f"wrote {arguments.command}.md and {arguments.command}.png to {out}")
 
 
+def of_one_horizon(runs: list[Run], longest: bool) -> list[Run]:
+    """The runs of the longest horizon, or of the one that most runs have; says what that leaves out."""
+    horizons = [run.horizon for run in runs]
+    kept = max(horizons) if longest else max(set(horizons), key=horizons.count)
+    if others := sorted(set(horizons) - {kept}):
+        print(f"note: runs of {kept} steps alone; left out are those of {', '.join(map(str, others))}")
+    return [run for run in runs if run.horizon == kept]
+
+
 def horizons(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
     return against(lambda run: run.horizon, runs, "steps of the whole schedule", "final validation loss, nats a token")
 
 
 def sizes(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
-    """At the horizon that most runs have."""
-    all_horizons = [run.horizon for run in runs]
-    horizon = max(set(all_horizons), key=all_horizons.count)
-    alike = [run for run in runs if run.horizon == horizon]
-    label = f"validation loss after {horizon} steps, nats a token"
-    return against(lambda run: num_parameters(ModelConfig(**run.config["model"])), alike, "parameters", label)
+    label = f"validation loss after {runs[0].horizon} steps, nats a token"
+    return against(lambda run: num_parameters(ModelConfig(**run.config["model"])), runs, "parameters", label)
 
 
 def against(key: Callable[[Run], int], runs: list[Run], x_label: str, y_label: str) -> tuple[Rows, Any]:
@@ -164,16 +172,16 @@ def table_colors(optimizers: dict[str, str]) -> dict[str, str]:
 
 
 def clipped(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
-    """How many steps so far had a gradient beyond the limit, for the first seed of each run at its longest horizon."""
+    """How many steps so far had a gradient beyond the limit: the picture of each run's first seed, the share of all."""
     plt = pictures.pyplot()
     figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
     rows = []
-    longest = max(run.horizon for run in runs)
-    for group in analysis.group_runs(run for run in runs if run.horizon == longest):
+    for group in analysis.group_runs(runs):
         run = group.runs[0]
         counts = list(itertools.accumulate(int(r["clipped"]) for r in run.records))
         panel.plot([r["step"] for r in run.records], counts, color=color_of(run), label=group.name.split("/")[1])
-        rows.append({"run": group.name, "steps": str(len(counts)), "clipped": f"{counts[-1] / len(counts):.1%}"})
+        share = statistics.fmean(r["clipped"] for run in group.runs for r in run.records)
+        rows.append({"run": group.name, "steps": str(len(counts)), "clipped": f"{share:.1%}"})
     panel.set(xlabel="steps", ylabel="steps with a clipped gradient")
     panel.legend(frameon=False, fontsize="small")
     return rows, figure

@@ -109,7 +109,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
 def make_trials(arguments: argparse.Namespace, extra: dict[str, str]) -> list[Trial]:
     """All calls of train.py that were asked for, without those that would repeat another."""
     known = run_names(arguments.experiment, arguments.scale)
-    names = arguments.runs.split(",") if arguments.runs else known
+    names = known if arguments.runs is None else arguments.runs.split(",")
     if wrong := [name for name in names if name not in known]:
         raise UserError(f"{arguments.experiment}: no run named {wrong[0]!r}; there are: {', '.join(known)}")
     trials: dict[str, Trial] = {}
@@ -118,8 +118,8 @@ def make_trials(arguments: argparse.Namespace, extra: dict[str, str]) -> list[Tr
         points = grid_points(arguments, name, base) if arguments.sweep else [{}]
         for point, factor, seed in itertools.product(points, factors(arguments.horizons), range(arguments.seeds)):
             varied = dict(point)
-            if factor != 1:
-                varied["train.max_steps"] = str(round(base.train.max_steps * factor))
+            if (steps := round(base.train.max_steps * factor)) != base.train.max_steps:
+                varied["train.max_steps"] = str(steps)
             if seed:
                 varied["train.seed"] = str(base.train.seed + seed)
             variation = ",".join([name, *(f"{key.split('.')[1]}={value}" for key, value in varied.items())])

@@ -270,6 +270,14 @@ def test_horizons_figure_has_the_mean_and_deviation_of_whole_schedules(tmp_path:
     assert (tmp_path / "horizons.png").exists()
 
 
+def test_a_sweep_figure_never_mixes_horizons(tmp_path: Path, monkeypatch, capsys) -> None:
+    for lr in (1e-3, 1e-2):
+        write_run(tmp_path, "adamw", [2.0], optimizer__lr=lr)
+    write_run(tmp_path, "adamw", [1.0], optimizer__lr=1e-3, train__max_steps=24)
+    table = figure(monkeypatch, capsys, "sweep", tmp_path, "--x", "optimizer.lr")
+    assert table[2] == ["adamw", "2.0000 *", "2.0000", "2.0000"]
+
+
 def test_clipped_and_sizes_figures(tmp_path: Path, monkeypatch, capsys) -> None:
     write_run(tmp_path, "adamw", [2.0])
     write_run(tmp_path, "adamw", [1.5], model__n_layer=4)

@@ -176,17 +176,28 @@ def by_hand(model: Path, task: Path) -> list[float]:
     return [result["results"]["digits"]["acc,none"] for result in found]
 
 
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    """A model with large random weights, whose answers depend on all that it is shown."""
+    model = random_model(block_size=128)
+    theirs = GPT2LMHeadModel(GPT2Config(**hugging_face.hugging_face_config(model.config, 256)))
+    theirs.load_state_dict(hugging_face.to_hugging_face(model), strict=False)
+    theirs.save_pretrained(tmp_path / "judged")
+    export_hf.make_tokenizer("bytes", 128).save_pretrained(tmp_path / "judged")
+    return tmp_path / "judged"
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_evaluate_equals_the_harness_called_by_hand(exported: Path, task: Path, tmp_path: Path, ranks: int) -> None:
+def test_evaluate_equals_the_harness_called_by_hand(judged: Path, task: Path, tmp_path: Path, ranks: int) -> None:
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
-    script = [str(ROOT / "scripts/evaluate.py"), str(exported), "--tasks=digits", f"--include-path={task}"]
+    script = [str(ROOT / "scripts/evaluate.py"), str(judged), "--tasks=digits", f"--include-path={task}"]
     command = [sys.executable, *launcher, *script, "--draws=3", f"--out={tmp_path / 'eval'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "eval/evaluate.json").read_text())
     assert [result["job"]["draw"] for result in results] == [0, 1, 2]
     accuracies = [result["accuracy"] for result in results]
-    assert accuracies == by_hand(exported, task)
+    assert accuracies == by_hand(judged, task)
     assert len(set(accuracies)) > 1  # or the draws would not have been seen to matter
     assert (tmp_path / "eval/evaluate.png").exists()
     assert done.stdout.count("| run") == 1
