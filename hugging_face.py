@@ -140,9 +140,9 @@ def _refuse_other_shape(source: str, theirs: dict[str, Any], ours: ModelConfig) 
             f"{source}: knows {positions} positions, the model has {ours.block_size}; "
             f"add --model.block_size={positions}"
         )
-    for key, value in FIXED.items():
-        if theirs.get(key, value) != value:
-            raise UserError(f"{source}: has {key} = {theirs[key]}, and this model only knows {value}")
+    for key, fixed in FIXED.items():
+        if theirs.get(key, fixed) != fixed:
+            raise UserError(f"{source}: has {key} = {theirs[key]}, and this model only knows {fixed}")
     if not ours.causal:
         raise UserError(f"{source}: predicts the next token; it is no start for model.causal = false")
 

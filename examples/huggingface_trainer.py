@@ -17,7 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -89,7 +97,7 @@ def main() -> None:
     )
     model = GPT2LMHeadModel(shape)
     optimizer = SophiaG(model.parameters(), lr=1e-3, betas=(0.9, 0.95), rho=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 5, arguments.steps)
     trainer = Trainer(
         model,
         TrainingArguments(

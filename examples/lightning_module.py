@@ -49,6 +49,7 @@ class Classifier(lightning.LightningModule):
         for parameter in self.parameters():  # the mean over the ranks
             parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
         optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, SophiaG)
         optimizer.update_hessian_from_grad(n_labels=len(x) * self.trainer.world_size)
         optimizer.zero_grad()
 

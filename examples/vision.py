@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sophia import Sophia, SophiaG, SophiaH, hutchinson_estimate, sampled_label_loss
+from sophia import SophiaG, SophiaH, hutchinson_estimate, sampled_label_loss
 
 
 def make_model() -> nn.Module:
@@ -67,7 +67,7 @@ def train(make: Callable[..., Optimizer], estimate: Callable[..., None] | None, 
 
 
 def main() -> None:
-    def sophia(kind: type[Sophia]) -> Callable[..., Optimizer]:
+    def sophia(kind: type[SophiaG] | type[SophiaH]) -> Callable[..., Optimizer]:
         return lambda params: kind(params, lr=1e-3, betas=(0.9, 0.95), rho=0.05, weight_decay=0.1)
 
     print(f"AdamW     errors {train(lambda params: AdamW(params, lr=1e-3, weight_decay=0.1), None):.1%}")

@@ -106,7 +106,7 @@ def make_tokenizer(name: str, block_size: int) -> Any:
         files = gpt2_files()
         vocabulary = json.loads(files["encoder.json"])
         lines = files["vocab.bpe"].decode().splitlines()[1:]  # after the version
-        merges = [tuple(line.split()) for line in lines if line]
+        merges: Any = [tuple(line.split()) for line in lines if line]
     else:
         vocabulary = {character: byte for byte, character in bytes_to_unicode().items()} | {END_OF_TEXT: 256}
         merges = []

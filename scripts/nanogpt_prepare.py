@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from datasets import load_dataset  # type: ignore[import-not-found]
+from datasets import load_dataset
 
 if __name__ == "__main__":
     out, processes, *files = sys.argv[1:]

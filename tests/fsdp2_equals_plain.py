@@ -39,7 +39,8 @@ def main() -> None:
     for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
         state = optimizers[1].state[q]
         assert isinstance(state["hessian"], DTensor)
-        torch.testing.assert_close(q.full_tensor(), p)
+        assert isinstance(q.data, DTensor)
+        torch.testing.assert_close(q.data.full_tensor(), p.data)
         torch.testing.assert_close(state["hessian"].full_tensor(), optimizers[0].state[p]["hessian"])
         assert (state["hessian"].full_tensor() > 0).any()
     dist.destroy_process_group()

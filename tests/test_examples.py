@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,8 +60,9 @@ def test_the_trainer_callback_estimates_as_the_formula_says() -> None:
     mask[1, 5:] = 0
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
     optimizer = SophiaG(model.parameters(), betas=(0.9, 0.0))
-    arguments = SimpleNamespace(device="cpu", fp16=False, world_size=1, seed=3, process_index=0)
-    SophiaCallback(optimizer, [batch]).estimate(model, arguments)
+    arguments: Any = SimpleNamespace(device="cpu", fp16=False, world_size=1, seed=3, process_index=0)
+    loader: Any = [batch]
+    SophiaCallback(optimizer, loader).estimate(model, arguments)
     assert all(p.grad is None for p in model.parameters())
 
     uniforms = torch.rand(11, generator=torch.Generator().manual_seed(3))  # 7 + 4 labels
@@ -104,6 +106,7 @@ def test_a_script_for_the_released_sophia_moves_over() -> None:
                 model.zero_grad()
                 nn.functional.cross_entropy(model(x), labels).backward()
             for p, (_, h) in states.items():
+                assert p.grad is not None
                 h.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
             optimizer.update_hessian_from_grad(n_labels=1)
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
