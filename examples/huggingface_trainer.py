@@ -116,7 +116,9 @@ def main() -> None:
         optimizers=(optimizer, schedule),
     )
     trainer.add_callback(SophiaCallback(optimizer, trainer.get_train_dataloader()))
-    print(f"loss {trainer.train().training_loss:.3f}")
+    loss = trainer.train().training_loss
+    if trainer.is_world_process_zero():
+        print(f"loss {loss:.3f}")
 
 
 if __name__ == "__main__":
