@@ -13,16 +13,22 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from errors import UserError, reason
+from errors import Parser, UserError, reason
 
 PATH = r"^[^\x00-\x1f]+$"  # no control characters
 TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a run's table; becomes a folder's name
 RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")  # one of its variations: adamw,lr=0.001,seed=2
 PAPER = "paper"  # the scale that the file itself is
+DESCRIPTION = """Train one run of an experiment file.
+
+    python train.py configs/quickstart.toml --run=sophia-g
+    torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g --resume
+
+Keys that the file leaves out have the defaults below; a key given here comes before the file's."""
 
 
 class Section(BaseModel):
@@ -422,13 +428,11 @@ def _nearest(key: str) -> str:
     return f"; did you mean {names[close[0]]}?" if close else ""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
+        DESCRIPTION,
         prog="train.py",
         usage="train.py EXPERIMENT.toml --run=NAME [--scale=NAME] [--resume] [--dry-run] [--SECTION.KEY=VALUE …]",
-        description="Train one run of an experiment file.",
-        epilog="Example: torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g",
-        allow_abbrev=False,
     )
     parser.add_argument("experiment", metavar="EXPERIMENT.toml", help="experiment file, e.g. configs/quickstart.toml")
     parser.add_argument("--run", metavar="NAME", help="which of the file's runs, e.g. sophia-g")
@@ -439,10 +443,15 @@ def _parser() -> argparse.ArgumentParser:
     for section, schema in SECTIONS.items():
         group = parser.add_argument_group(f"[{section}]", schema.__doc__)
         for key, field in schema.model_fields.items():
-            default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-            kind = str(getattr(field.annotation, "__name__", field.annotation)).replace(" | None", "")
-            if kind == "Literal" or kind.startswith("typing.Literal"):
-                kind = "|".join(field.annotation.__args__)  # type: ignore[union-attr]
-            text = f"{field.description}{default}".replace("%", "%%")
-            group.add_argument(f"--{section}.{key}", *SHORT.get(key, ()), metavar=kind, help=text)
+            default = "" if field.is_required() or field.default in (None, "") else f" (default: {field.default})"
+            text = f"{field.description}{default}".replace("True", "true").replace("False", "false").replace("%", "%%")
+            group.add_argument(f"--{section}.{key}", *SHORT.get(key, ()), metavar=_kind(field.annotation), help=text)
     return parser
+
+
+def _kind(annotation: Any) -> str:
+    """What --help calls a type: int, or the values of a Literal; None stands for a key left out, and is not named."""
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    if not parts:
+        return annotation.__name__
+    return "|".join(part if isinstance(part, str) else _kind(part) for part in parts)

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -29,6 +30,23 @@ def run_main(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same mistake; one tells it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but its help keeps the description's lines and names defaults, and a complaint is a UserError."""
+
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=layout, allow_abbrev=False, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """argparse's; the help tells the default, where there is one and the text does not."""
+        if options.get("default") not in (None, "", argparse.SUPPRESS) and "default" not in options.get("help", ""):
+            options["help"] = f"{options.get('help', '')} (default: %(default)s)".strip()
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:

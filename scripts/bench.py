@@ -42,7 +42,7 @@ import metrics
 import train
 from config import Config, ModelConfig, load_experiment
 from data.batches import read_windows, window_offsets
-from errors import UserError, number, reason, run_main
+from errors import Parser, UserError, number, reason, run_main
 from lion import Lion
 from model import GPT, activation_bytes, flops_per_token, num_parameters, summed_loss
 from optimizers import make_optimizer
@@ -478,24 +478,33 @@ def report(rows: list[Row], left_out: list[str], place: Place, path: Path | None
 
 def _parser() -> argparse.ArgumentParser:
     parts = ["optimizer", "estimates", "data", "start", "memory", "trainer", "prepare", "ddp"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
-        "--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=f"of {', '.join(parts)}"
+        "--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=f"of {', '.join(parts)} (default: all)"
     )
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, metavar="SIZE", help=f"of {', '.join(SIZES)}")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=SIZES,
+        metavar="SIZE",
+        help=f"of {', '.join(SIZES)} (default: 125m; on a GPU 355m and 770m too)",
+    )
     parser.add_argument(
         "--micro",
         nargs="+",
         type=number(int, 1),
         metavar="N",
-        help="micro-batches on a GPU (one that fits)",
+        help="micro-batches on a GPU, sequences (default: one that fits)",
     )
     parser.add_argument(
-        "--minutes", type=number(float, 0.1), default=8, metavar="N", help="begin nothing new after N (8)"
+        "--minutes", type=number(float, 0.1), default=8, metavar="N", help="begin nothing new after N minutes"
     )
     parser.add_argument("--files", metavar="GLOB", help="parquet files for the part prepare; without, it is left out")
     parser.add_argument(
-        "--datasets-python", default=sys.executable, metavar="PYTHON", help="interpreter that has `datasets` (this one)"
+        "--datasets-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="interpreter that has `datasets` (default: this one)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     return parser

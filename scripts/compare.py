@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, number, reason, run_main
+from errors import Parser, UserError, number, reason, run_main
 from files import whole_file
 from scripts import analysis, pictures
 from scripts.analysis import Group, Run
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", metavar="OUT_DIR", nargs="*", type=Path, help="a run, an experiment, or all of out/")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT/GROUP", help="read the runs of a group at wandb instead")
     parser.add_argument(
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         "--target",
         metavar="LOSS",
         type=number(float, 0),
-        help="loss to reach (default: the reference's last)",
+        help="loss to reach, nats a token (default: the reference's last)",
     )
     arguments = parser.parse_args()
     if bool(arguments.folders) == bool(arguments.wandb):

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from errors import UserError, number, reason, run_main
+from errors import Parser, UserError, number, reason, run_main
 from files import whole_file
 from scripts import pictures
 from scripts.compare import format_table
@@ -81,16 +81,16 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("models", metavar="DIR", nargs="+", type=Path, help="folders in Hugging Face's format")
     parser.add_argument("--tasks", metavar="A,B", help="tasks of the harness, in place of those above")
     parser.add_argument("--include-path", metavar="DIR", help="folder with task files (YAML) of your own")
-    parser.add_argument("--shots", metavar="N", type=number(int, 0, 100), default=2, help="examples (default: 2)")
     parser.add_argument(
-        "--draws", metavar="N", type=number(int, 1, 100), default=5, help="of the examples (default: 5)"
+        "--shots", metavar="N", type=number(int, 0, 100), default=2, help="examples shown before a question"
     )
+    parser.add_argument("--draws", metavar="N", type=number(int, 1, 100), default=5, help="draws of the examples")
     parser.add_argument("--limit", metavar="N", type=number(int, 1), help="the first N questions alone, for a trial")
-    parser.add_argument("--batch-size", metavar="N", type=number(int, 1), default=8, help="questions (default: 8)")
+    parser.add_argument("--batch-size", metavar="N", type=number(int, 1), default=8, help="questions at once")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: the first DIR)")
     arguments = parser.parse_args()
     for folder in arguments.models:

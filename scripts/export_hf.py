@@ -10,7 +10,6 @@ Needs requirements-hub.txt.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ import checkpoint
 from config import Config
 from data.token_files import read_meta
 from data.tokenize import gpt2_files, load_tokenizer
-from errors import UserError, run_main
+from errors import Parser, UserError, run_main
 from hugging_face import hugging_face_config, to_hugging_face
 from metrics import read_metrics
 from model import num_parameters, padding_rows
@@ -62,7 +61,7 @@ transformers ignored that until March 2026 (its pull request 44397); to an older
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run's folder, or one of its .pt files")
     parser.add_argument("out", metavar="DIR", type=Path, help="folder to write; must be new or empty")
     arguments = parser.parse_args()

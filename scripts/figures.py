@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import KEYS, ModelConfig
-from errors import UserError, run_main
+from errors import Parser, UserError, run_main
 from model import num_parameters
 from scripts import analysis, pictures
 from scripts.analysis import Group, Run, value_of
@@ -33,7 +33,7 @@ Rows = list[dict[str, str]]  # of a table: {column: text}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in (
         ("horizons", "final loss against the steps of the whole schedule"),
@@ -41,11 +41,11 @@ def main() -> None:
         ("sweep", "final loss against one key, or two"),
         ("clipped", "steps whose gradient was clipped, counted up"),
     ):
-        command = commands.add_parser(name, help=help_text)
-        command.add_argument("folders", metavar="OUT_DIR", nargs="+", type=Path)
+        command = commands.add_parser(name, help=help_text, description=__doc__)
+        command.add_argument("folders", metavar="OUT_DIR", nargs="+", type=Path, help="runs, or experiments")
         command.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: the first OUT_DIR)")
         if name == "sweep":
-            command.add_argument("--x", metavar="KEY", required=True, help="e.g. optimizer.lr")
+            command.add_argument("--x", metavar="KEY", required=True, help="key on the axis, e.g. optimizer.lr")
             command.add_argument("--y", metavar="KEY", help="a line for each of its values, e.g. optimizer.rho")
     arguments = parser.parse_args()
     runs = [run for run in analysis.find_runs(arguments.folders) if run.is_finished]

@@ -27,7 +27,7 @@ import checkpoint
 from config import ModelConfig
 from data.batches import validation_windows
 from data.token_files import open_tokens
-from errors import number, run_main
+from errors import Parser, number, run_main
 from model import GPT, summed_loss
 from scripts import pictures
 from scripts.compare import format_table
@@ -35,19 +35,19 @@ from sophia import gnb_estimate, hutchinson_estimate, sampled_label_loss
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     whole = number(int, 1, 10**6)
-    one = commands.add_parser("histogram", help="Figure 3, of a checkpoint")
+    one = commands.add_parser("histogram", help="Figure 3, of a checkpoint", description=__doc__)
     one.add_argument("checkpoint", metavar="RUN", type=Path, help="a run's folder, or a step_….pt file")
-    one.add_argument("--probes", metavar="N", type=whole, default=100, help="estimates averaged (default: 100)")
-    one.add_argument("--windows", metavar="N", type=whole, default=32, help="validation windows (default: 32)")
-    two = commands.add_parser("estimators", help="bias, variance and cost against the exact diagonals")
-    two.add_argument("--draws", metavar="N", type=whole, default=300, help="estimates of each (default: 300)")
+    one.add_argument("--probes", metavar="N", type=whole, default=100, help="estimates averaged")
+    one.add_argument("--windows", metavar="N", type=whole, default=32, help="validation windows")
+    two = commands.add_parser(
+        "estimators", help="bias, variance and cost against the exact diagonals", description=__doc__
+    )
+    two.add_argument("--draws", metavar="N", type=whole, default=300, help="estimates of each")
     for command in (one, two):
-        command.add_argument(
-            "--out", metavar="DIR", type=Path, default=Path("out/hessian"), help="(default: %(default)s)"
-        )
+        command.add_argument("--out", metavar="DIR", type=Path, default=Path("out/hessian"), help="folder to write to")
     arguments = parser.parse_args()
     (histogram if arguments.command == "histogram" else estimators)(arguments)
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import refuse_other_run
 from config import KEYS, PAPER, Config, load_experiment, parse_command_line, read_grid, run_names, value_of
-from errors import UserError, number, run_main
+from errors import Parser, UserError, number, run_main
 from scripts.analysis import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,15 +77,13 @@ def main() -> None:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     whole = number(int, 1, 10_000)
     parser.add_argument("experiment", metavar="EXPERIMENT.toml", type=Path, help="a file of configs/")
     parser.add_argument("--scale", metavar="NAME", default=PAPER, help="cpu, gpu or paper (default)")
     parser.add_argument("--runs", metavar="A,B", help="these runs of the file alone (default: all)")
-    parser.add_argument("--seeds", metavar="N", type=whole, default=1, help="each run with N seeds (default: 1)")
-    parser.add_argument("--horizons", metavar="F,F", default="1", help="each run with max_steps times F (default: 1)")
+    parser.add_argument("--seeds", metavar="N", type=whole, default=1, help="each run with N seeds")
+    parser.add_argument("--horizons", metavar="F,F", default="1", help="each run with max_steps times F")
     parser.add_argument(
         "--sweep",
         nargs="?",
@@ -93,7 +91,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
         choices=("product", "axes"),
         help="the runs' grids: every combination, or one key at a time",
     )
-    parser.add_argument("--gpus", metavar="N", type=whole, default=1, help="ranks a run, by torchrun (default: 1)")
+    parser.add_argument("--gpus", metavar="N", type=whole, default=1, help="ranks a run, by torchrun")
     parser.add_argument("--jobs", metavar="N", type=whole, default=1, help="runs at once, for small ones on a CPU")
     parser.add_argument("--print", choices=("torchrun", "slurm"), help="print the commands instead of running them")
     arguments, rest = parser.parse_known_args()

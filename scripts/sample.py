@@ -9,10 +9,8 @@ GPT-2's where there is none.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkpoint
 from data.token_files import read_meta
 from data.tokenize import load_tokenizer
-from errors import UserError, number, run_main
+from errors import Parser, UserError, number, run_main
 from model import GPT
 
 
@@ -86,19 +84,18 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
     return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's folder, or one of its .pt files")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: begin a document)")
-
-    def option(name: str, kind: Any, metavar: str, default: float, meaning: str) -> None:
-        parser.add_argument(name, type=kind, metavar=metavar, default=default, help=f"{meaning} (default: {default})")
-
-    option("--tokens", number(int, 1), "N", 200, "how many to write")
-    option("--temperature", number(float, 0, 100), "T", 0.8, "above 0: the higher, the wilder; 0: the likeliest token")
-    option("--top-k", number(int, 0), "K", 200, "keep the K likeliest tokens; 0: all")
-    option("--top-p", number(float, 1e-6, 1), "P", 1.0, "keep the likeliest tokens that make up the share P")
-    option("--seed", number(int, 0, 2**63 - 1), "N", 0, "of the draws")
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's folder, or one of its .pt files")
+    add("--prompt", default="", metavar="TEXT", help="text to continue (default: begin a document)")
+    add("--tokens", metavar="N", type=number(int, 1), default=200, help="tokens to write")
+    warmth = "above 0: the higher, the wilder; 0: the likeliest token"
+    add("--temperature", metavar="T", type=number(float, 0, 100), default=0.8, help=warmth)
+    add("--top-k", metavar="K", type=number(int, 0), default=200, help="keep the K likeliest tokens; 0: all")
+    share = "keep the likeliest tokens that make up the share P"
+    add("--top-p", metavar="P", type=number(float, 1e-6, 1), default=1.0, help=share)
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help="seed of the draws")
     return parser
 
 

@@ -37,7 +37,7 @@ import checkpoint
 import files
 import metrics
 import train
-from errors import UserError, number, run_main
+from errors import Parser, UserError, number, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")
@@ -100,11 +100,13 @@ hessian_batch_size = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=number(int, 1), default=50, metavar="N", help="an optimizer (default 50)")
+    parser = Parser(__doc__)
+    parser.add_argument("--kills", type=number(int, 1), default=50, metavar="N", help="kills of each optimizer")
     parser.add_argument("--ranks", type=number(int, 1, 2), default=1, metavar="N", help="1, or 2 under torchrun")
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, metavar="NAME")
-    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the kills (default 0)")
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, metavar="NAME", help="(default: all four)"
+    )
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="seed of the kills")
     parser.add_argument("--prepare", metavar="FILES", help="kill prepare.py on these files instead")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

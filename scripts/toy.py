@@ -9,7 +9,6 @@ exact diagonal of the Hessian. The start and the learning rates are ours: the pa
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import run_main
+from errors import Parser, run_main
 from scripts import pictures
 from sophia import SophiaG
 
@@ -103,8 +102,8 @@ def draw(paths: dict[str, Tensor], files: list[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out/figure2"), help="(default: out/figure2)")
+    parser = Parser(__doc__)
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out/figure2"), help="folder to write to")
     out = parser.parse_args().out
     paths = {name: trajectory(step) for name, step in methods().items()}
     lines = ["| method | x | y | loss after 50 steps |", "| --- | ---: | ---: | ---: |"]

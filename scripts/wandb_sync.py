@@ -8,7 +8,6 @@ not sent again, so the command may be repeated.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pydantic import ValidationError
 
 from config import Config
-from errors import UserError, reason, run_main
+from errors import Parser, UserError, reason, run_main
 from metrics import read_metrics
 from mirrors import finish_wandb, start_wandb
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folders with a metrics.jsonl")
     parser.add_argument("--offline", action="store_true", help="only write wandb's own file, for `wandb sync`")
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ import http.server
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -33,6 +34,35 @@ def refused(name: str, *arguments: object) -> str:
     (error,) = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert error.startswith("error: ")
     return error
+
+
+SUBCOMMANDS = {
+    "scripts/figures.py": ["horizons", "sizes", "sweep", "clipped"],
+    "scripts/hessian.py": ["histogram", "estimators"],
+}
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("scripts", "data/*")
+    for path in ROOT.glob(f"{folder}/*.py")
+    if "Parser(" in path.read_text(encoding="utf-8")
+)
+COMMANDS = [f"{name} {command}".strip() for name in ["train.py", *SCRIPTS] for command in SUBCOMMANDS.get(name, [""])]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_script_has_an_example_in_its_help_and_one_line_for_a_mistake(command: str, monkeypatch, capsys) -> None:
+    def run(*arguments: str) -> object:
+        script, *subcommand = command.split()
+        monkeypatch.setattr(sys, "argv", [script, *subcommand, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        return ended.value.code
+
+    assert run("--help") == 0
+    assert f"\n    python {command}" in capsys.readouterr().out
+    assert run("--no-such-flag") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
 
 
 def test_compare_prints_what_the_runs_logged(experiment: Path, run_train, tmp_path: Path) -> None:

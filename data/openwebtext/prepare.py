@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.tokenize import write_dataset
-from errors import UserError, number, reason, run_main
+from errors import Parser, UserError, number, reason, run_main
 
 HUB_ID = "Skylion007/openwebtext"
 HUB_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
@@ -155,10 +155,10 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--files", metavar="GLOB", help="local .parquet, .jsonl or .txt files instead of the hub")
     parser.add_argument("--limit", metavar="N", type=number(int, 1), help="only the first N documents")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="default: %(default)s")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="folder to write to")
     parser.add_argument(
         "--workers",
         metavar="N",
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         type=number(float, 0, 1),
         default=0.0005,
-        help="held out (default: %(default)s)",
+        help="share of the documents that val.bin holds",
     )
     return parser
 

@@ -8,7 +8,6 @@ version to the next, so compare runs on the same folder.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 import sysconfig
@@ -18,14 +17,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.tokenize import write_dataset
-from errors import UserError, run_main
+from errors import Parser, UserError, run_main
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="default: %(default)s")
+    parser = Parser(__doc__)
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="folder to write to")
     out = parser.parse_args().out
 
     modules = find_modules()
