@@ -21,6 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import Parser, UserError, number, reason, run_main
@@ -211,16 +213,9 @@ def efficiency_rows(groups: list[Group], base: dict[int, Group]) -> list[dict[st
 
 def format_table(rows: list[dict[str, str]]) -> str:
     """Rows as a Markdown table with aligned columns, names to the left and numbers to the right."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    widths = {c: max(2, len(c), *(len(row.get(c, "")) for row in rows)) for c in columns}
-
-    def line(cells: dict[str, str]) -> str:
-        texts = {c: cells.get(c, "") for c in columns}
-        padded = [t.ljust(widths[c]) if c == "run" else t.rjust(widths[c]) for c, t in texts.items()]
-        return f"| {' | '.join(padded)} |"
-
-    rule = {c: "-" * widths[c] if c == "run" else "-" * (widths[c] - 1) + ":" for c in columns}
-    return "\n".join([line({c: c for c in columns}), line(rule), *(line(row) for row in rows)])
+    columns = dict.fromkeys(column for row in rows for column in row)
+    sides = ["left" if column == "run" else "right" for column in columns]
+    return tabulate(rows, headers="keys", tablefmt="pipe", colalign=sides, disable_numparse=True)
 
 
 def summary(run: Run) -> dict[str, Any]:

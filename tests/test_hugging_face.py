@@ -150,6 +150,7 @@ doc_to_target: label
 doc_to_choice: ["0", "1", "2"]
 metric_list:
   - metric: acc
+  - metric: brier_score
 """
 
 
@@ -165,8 +166,8 @@ def task(tmp_path: Path) -> Path:
     return folder
 
 
-def by_hand(model: Path, task: Path) -> list[float]:
-    """Accuracies of three draws."""
+def by_hand(model: Path, task: Path) -> list[dict[str, Any]]:
+    """What the harness says of three draws."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -178,7 +179,7 @@ def by_hand(model: Path, task: Path) -> list[float]:
     }
     arguments |= {"num_fewshot": 2, "task_manager": manager, "bootstrap_iters": 0}
     found = [simple_evaluate(**arguments, fewshot_random_seed=draw) for draw in range(3)]
-    return [result["results"]["digits"]["acc,none"] for result in found]
+    return [result["results"]["digits"] for result in found]
 
 
 @pytest.fixture
@@ -201,7 +202,11 @@ def test_evaluate_equals_the_harness_called_by_hand(judged: Path, task: Path, tm
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "eval/evaluate.json").read_text())
     assert [result["job"]["draw"] for result in results] == [0, 1, 2]
-    assert [result["accuracy"] for result in results] == by_hand(judged, task)
+    expected = by_hand(judged, task)
+    assert [result["accuracy"] for result in results] == [metrics["acc,none"] for metrics in expected]
+    scores = [result["metrics"]["brier_score,none"] for result in results]
+    assert scores == [metrics["brier_score,none"] for metrics in expected]
+    assert len(set(scores)) == 3  # what is shown makes a difference
     assert (tmp_path / "eval/evaluate.png").exists()
     assert done.stdout.count("| run") == 1
 
