@@ -80,9 +80,8 @@ def optimizer_numbers(config: Config) -> int:
     for shape, decays in shapes:
         momentum_alone = config.optimizer.name == "lion" or (config.optimizer.name == "muon" and decays)
         kept += shape.numel() * (1 if momentum_alone else 2)
-        if (
-            config.optimizer.name == "soap" and len(shape) == 2
-        ):  # a factor and its basis a side, up to 10,000 (its default)
+        if config.optimizer.name == "soap" and len(shape) == 2:
+            # A factor and its basis a side, up to 10,000 (its default).
             kept += sum(2 * side**2 for side in shape if side <= 10_000)
     return kept
 
@@ -99,7 +98,7 @@ def print_plan(config: Config, world_size: int, device: str) -> None:
         size = hessian_micro_batch_size(config, world_size)
         activations = max(activations, PROBE_BYTES * n + size * hvp_memory(config))
     tokens = recipe.batch_size * config.model.block_size
-    steps = f"{recipe.max_steps:,} steps, {recipe.max_steps * tokens / 1e9:.2f}B tokens"
+    steps = f"{recipe.max_steps:,} steps, {recipe.max_steps * tokens:,} tokens"
     accumulation = recipe.batch_size // (recipe.micro_batch_size * world_size)
     estimate = ""
     if config.optimizer.hessian_interval:
@@ -113,10 +112,10 @@ def print_plan(config: Config, world_size: int, device: str) -> None:
         "accumulation": f"{accumulation} micro-batches of {recipe.micro_batch_size} sequences a rank",
         "Hessian estimate": estimate or "none",
         "length": steps,
-        "compute": f"{flops_per_token(config.model) * tokens / 1e12:,.1f} TFLOP a step, estimates not counted",
-        "memory a rank": f"about {(fixed + activations) / 1e9:.1f} GB "
-        f"(weights, gradients, optimizer {fixed / 1e9:.1f}; activations {activations / 1e9:.1f})",
-        "checkpoint": f"{4 * n * (1 + states) / 1e9:.2f} GB, {recipe.keep_checkpoints} newest and the best kept",
+        "compute": f"{flops_per_token(config.model) * tokens / 1e12:,.4g} TFLOP a step, estimates not counted",
+        "memory a rank": f"about {(fixed + activations) / 1e9:.3g} GB "
+        f"(weights, gradients, optimizer {fixed / 1e9:.3g}; activations {activations / 1e9:.3g})",
+        "checkpoint": f"{4 * n * (1 + states) / 1e9:.3g} GB, {recipe.keep_checkpoints} newest and the best kept",
         "output": str(config.run_dir),
         "data": config.data.path + ("" if Path(config.data.path, "train.bin").exists() else " (not prepared yet)"),
     }

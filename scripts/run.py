@@ -160,7 +160,7 @@ def command(arguments: argparse.Namespace, trial: Trial) -> list[str]:
     call += [f"--scale={arguments.scale}"] if arguments.scale != PAPER else []
     call += [f"--name={trial.name}"] if trial.name != trial.table else []
     call += ["--resume", *(f"--{key}={value}" for key, value in trial.overrides.items())]
-    if arguments.gpus == 1:
+    if arguments.gpus == 1 and arguments.print != "torchrun":
         return ["python", *call]
     return ["torchrun", "--standalone", f"--nproc_per_node={arguments.gpus}", "--", *call]
 
@@ -200,11 +200,7 @@ def run_all(arguments: argparse.Namespace, trials: list[Trial]) -> list[str]:
 def run_one(arguments: argparse.Namespace, trial: Trial) -> int:
     """One call of train.py: its output is shown where it is the only one, else only if it fails."""
     call = command(arguments, trial)
-    call = (
-        [sys.executable, *call[1:]]
-        if call[0] == "python"
-        else [sys.executable, "-m", "torch.distributed.run", *call[1:]]
-    )
+    call[:1] = [sys.executable] if call[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
     call[call.index("train.py")] = str(ROOT / "train.py")
     if arguments.jobs == 1:
         print(f"== {trial.name}", flush=True)
