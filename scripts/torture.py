@@ -43,59 +43,19 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")
 STEPS = 120
 EXPERIMENT = """
-[model]
-n_layer = 1
-n_head = 2
-n_embd = 16
-block_size = 16
-vocab_size = 61
+base = "{root}/tests/tiny.toml"
 [data]
 path = "{folder}"
 [train]
 batch_size = 4
-micro_batch_size = 2
-max_steps = 120
+max_steps = {steps}
 warmup_steps = 5
-dtype = "float32"
-compile = false
-device = "cpu"
-eval_interval = 4
 log_interval = 3
-checkpoint_interval = 5
 out_dir = "{folder}/out"
-[runs.adamw.optimizer]
-name = "adamw"
-lr = 1e-2
-beta1 = 0.9
-beta2 = 0.95
-eps = 1e-8
-weight_decay = 0.1
-[runs.lion.optimizer]
-name = "lion"
-lr = 1e-3
-beta1 = 0.95
-beta2 = 0.98
-weight_decay = 0.2
-[runs.sophia-g.optimizer]
-name = "sophia-g"
-lr = 1e-3
-beta1 = 0.96
-beta2 = 0.99
-eps = 1e-12
-rho = 0.05
-weight_decay = 0.2
-hessian_interval = 3
-hessian_batch_size = 4
-[runs.sophia-h.optimizer]
-name = "sophia-h"
-lr = 1e-3
-beta1 = 0.96
-beta2 = 0.99
-eps = 1e-12
-rho = 0.01
-weight_decay = 0.2
-hessian_interval = 3
-hessian_batch_size = 4
+[runs.adamw]
+[runs.lion]
+[runs.sophia-g]
+[runs.sophia-h]
 """
 
 
@@ -129,7 +89,7 @@ def make_experiment(folder: Path) -> Path:
     for split, count in (("train", 20_000), ("val", 300)):
         rng.integers(61, size=count).astype("<u2").tofile(folder / f"{split}.bin")
     path = folder / "torture.toml"
-    path.write_text(EXPERIMENT.format(folder=folder))
+    path.write_text(EXPERIMENT.format(root=ROOT, steps=STEPS, folder=folder))
     return path
 
 

@@ -19,61 +19,7 @@ from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")
-TINY = """
-[model]
-n_layer = 2
-n_head = 2
-n_embd = 16
-block_size = 16
-vocab_size = 61
-[data]
-path = "{data}"
-[train]
-batch_size = 8
-micro_batch_size = 8
-max_steps = 12
-warmup_steps = 2
-dtype = "float32"
-compile = false
-device = "cpu"
-eval_interval = 4
-log_interval = 1
-checkpoint_interval = 5
-out_dir = "{out}"
-[runs.adamw.optimizer]
-name = "adamw"
-lr = 1e-2
-beta1 = 0.9
-beta2 = 0.95
-eps = 1e-8
-weight_decay = 0.1
-[runs.lion.optimizer]
-name = "lion"
-lr = 1e-3
-beta1 = 0.95
-beta2 = 0.98
-weight_decay = 0.2
-[runs.sophia-g.optimizer]
-name = "sophia-g"
-lr = 1e-3
-beta1 = 0.96
-beta2 = 0.99
-eps = 1e-12
-rho = 0.05
-weight_decay = 0.2
-hessian_interval = 3
-hessian_batch_size = 4
-[runs.sophia-h.optimizer]
-name = "sophia-h"
-lr = 1e-3
-beta1 = 0.96
-beta2 = 0.99
-eps = 1e-12
-rho = 0.01
-weight_decay = 0.2
-hessian_interval = 3
-hessian_batch_size = 4
-"""
+TINY = (ROOT / "tests/tiny.toml").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
