@@ -60,7 +60,7 @@ def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str
             wandb.teardown()  # it holds on to the id of the run that failed
     if run is None:
         for old in (config.run_dir / "wandb").glob("*run-*"):
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # a mirror never stops the training
         run = wandb.init(**options, mode="offline")
     # Our own step, because wandb's counts log calls.
     run.define_metric("*", step_metric="step")

@@ -37,7 +37,7 @@ def test_an_optimizer_is_added_as_the_document_says(tmp_path: Path, tiny_data: P
 
     def train(*arguments: str) -> None:
         command = [sys.executable, "train.py", "configs/radam.toml", "--run=radam", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=copy, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=copy, timeout=300)
         assert done.returncode == 0, done.stderr
 
     train("--name=whole")

@@ -93,7 +93,7 @@ def test_signals_save_and_end_with_their_status(number: int, experiment: Path, t
         if line.startswith("step 3/"):
             break
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "the same command with --resume continues" in output
     newest = checkpoint.load_newest(tmp_path / "out/tiny/adamw")
@@ -122,7 +122,7 @@ def test_slurm_script_stops_and_requeues_on_its_warning(tmp_path: Path) -> None:
         time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=300) == 0
     started, cancelled, requeued = log.read_text().splitlines()
     assert "--rdzv_endpoint=node7:29500" in started
     assert started.endswith("-- train.py configs/gpt2_125m.toml --run=lion --resume")

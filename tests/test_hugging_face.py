@@ -110,7 +110,7 @@ from transformers import pipeline
 write = pipeline("text-generation", {str(exported)!r})
 print(len(write("ab", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 2
     card = (exported / "README.md").read_text()

@@ -25,7 +25,7 @@ from tests.wandb_file import as_dict, read_history, read_records
 
 def run_script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
 def refused(name: str, *arguments: object) -> str:

@@ -408,7 +408,7 @@ def test_a_signal_to_torchrun_saves_on_all_ranks_and_resumes_on_one(
         if line.startswith("step 20/"):
             break
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert "stopped by a signal after step" in output
     folder = tmp_path / "out/tiny/sophia-g"
     (saved,) = checkpoint.checkpoints(folder)
