@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config import Config
 from files import whole_file
-from mirrors import finish_wandb, for_wandb, start_tensorboard, start_wandb, upload_code, write_scalars
+from mirrors import finish_wandb, for_wandb, start_tensorboard, start_wandb, succeeds, upload_code, write_scalars
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets; the first name that the device's contains counts.
 # A device that is not listed gets no MFU rather than a wrong one.
@@ -169,8 +169,8 @@ class RunLog:
         self.message(f"step {record['step']}/{self.max_steps}  validation loss {record['val_loss']:.4f}")
 
     def _mirror(self, record: dict[str, Any]) -> None:
-        if self.wandb:
-            self.wandb.log(for_wandb(self.config, record), step=record["step"])
+        if self.wandb and not succeeds(lambda: self.wandb.log(for_wandb(self.config, record), step=record["step"])):
+            self.wandb = None
         if self.tensorboard:
             write_scalars(self.tensorboard, record)
 
@@ -186,7 +186,7 @@ class RunLog:
         self.file.close()
         self.bar.close()
         if self.wandb:
-            finish_wandb(self.wandb, read_metrics(self.path))
+            succeeds(lambda: finish_wandb(self.wandb, read_metrics(self.path)))
         if self.tensorboard:
             self.tensorboard.close()
 

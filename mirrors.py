@@ -9,15 +9,18 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from config import Config
-from errors import UserError
+from errors import UserError, reason
 from plan import step_flops
 
 # What a validation loss is drawn against at wandb, besides the step. flops: of all steps so far, estimates counted.
 AXES = ("tokens", "seconds", "flops")
+UPLOAD = "upload later with scripts/wandb_sync.py"
 
 
 def check_installed(config: Config) -> None:
@@ -56,7 +59,7 @@ def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str
             run = wandb.init(**options, mode="online", resume="allow", settings=wandb.Settings(init_timeout=60))
         except wandb.errors.Error as error:
             said = " ".join(str(error).split())[:200]
-            print(f"warning: wandb: {said}; going on offline, upload later with scripts/wandb_sync.py", file=sys.stderr)
+            print(f"warning: wandb: {said}; going on offline, {UPLOAD}", file=sys.stderr)
             wandb.teardown()  # it holds on to the id of the run that failed
     if run is None:
         for old in (config.run_dir / "wandb").glob("*run-*"):
@@ -72,6 +75,20 @@ def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str
         if record["step"] >= known and is_mirrored(record):
             run.log(for_wandb(config, record), step=record["step"])
     return run
+
+
+def succeeds(call: Callable[[], None]) -> bool:
+    """Call wandb. If that fails (its own process may be killed, say) the run goes on without it, after a warning."""
+    try:
+        call()
+    except Exception as error:
+        import wandb
+
+        print(f"warning: wandb: {reason(error)}; going on without it, {UPLOAD}", file=sys.stderr)
+        with suppress(Exception):
+            wandb.teardown()  # or it tries to reach its process at the interpreter's end
+        return False
+    return True
 
 
 def for_wandb(config: Config, record: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -220,6 +221,23 @@ def test_training_goes_on_where_wandb_refuses_the_key(experiment: Path, tmp_path
     assert "not uploaded, wandb cannot be reached" in again.stderr
     assert_wandb_has_all_points_once(folder)
     assert "no run's folder" in refused("wandb_sync.py", tmp_path)
+
+
+def test_training_goes_on_where_wandb_s_own_process_is_killed(experiment: Path, tmp_path: Path) -> None:
+    arguments = (str(experiment), "--run=adamw", "--wandb.mode=offline", "--train.max_steps=200")
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    (service,) = [child for child in psutil.Process(process.pid).children() if "wandb" in child.name()]
+    service.kill()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert "going on without it, upload later" in said
+    assert "Traceback" not in said
+    assert read_lines(tmp_path / "out/tiny/adamw", "loss")[-1][0] == 200
 
 
 def test_wandb_is_not_imported_unless_it_is_used() -> None:
