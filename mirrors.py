@@ -12,15 +12,14 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from config import Config
-from errors import UserError, reason
+from errors import UserError
 from plan import step_flops
 
 # What a validation loss is drawn against at wandb, besides the step. flops: of all steps so far, estimates counted.
 AXES = ("tokens", "seconds", "flops")
-UPLOAD = "upload later with scripts/wandb_sync.py"
 
 
 def check_installed(config: Config) -> None:
@@ -32,39 +31,53 @@ def check_installed(config: Config) -> None:
 
 
 def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str, Any]]) -> Any:
-    """A wandb run named like ours, in the experiment's group, that has the `records` of metrics.jsonl already.
+    """A wandb run that has the `records` of metrics.jsonl: online if asked and possible, else offline, else None.
 
-    It has one id for its whole life, kept in the run's folder. Online, wandb says how far it has come and ignores what
-    it has; what a killed process did not get through is sent again. Offline, its file is written anew from `records`.
-    So no point is lost or doubled. Where wandb cannot be reached, training goes on offline.
+    Nothing that wandb raises stops a run.
     """
     if config.wandb.mode == "disabled":
         return None
+    if config.wandb.mode == "online":
+        try:
+            return open_wandb(config, "online", resolved, records)
+        except Exception as error:
+            give_up_wandb(error, "going on offline")  # wandb would hold on to the id of the run that failed
+    try:
+        return open_wandb(config, "offline", resolved, records)
+    except Exception as error:
+        give_up_wandb(error, "going on without it")
+    return None
+
+
+def open_wandb(
+    config: Config, mode: Literal["online", "offline"], resolved: dict[str, Any], records: list[dict[str, Any]]
+) -> Any:
+    """A wandb run named like ours, in the experiment's group.
+
+    It has one id for its whole life, kept in the run's folder. Online, wandb says how far it has come and ignores what
+    it has; what a killed process did not get through is sent again. Offline, its file is written anew from `records`.
+    So no point is lost or doubled.
+    """
     import wandb
 
+    if mode == "offline":
+        for old in (config.run_dir / "wandb").glob("*run-*"):
+            shutil.rmtree(old)
     id_file = config.run_dir / "wandb_id"
     if not id_file.exists():
         in_sweep = "WANDB_SWEEP_ID" in os.environ  # then the agent has chosen
         id_file.write_text(os.environ["WANDB_RUN_ID"] if in_sweep else secrets.token_hex(4))
-    options: dict[str, Any] = {
-        "project": config.wandb.project,
-        "group": config.experiment,
-        "name": config.run,
-        "config": resolved,
-    }
-    options |= {"id": id_file.read_text().strip(), "dir": str(config.run_dir)}
-    run = None
-    if config.wandb.mode == "online":
-        try:
-            run = wandb.init(**options, mode="online", resume="allow", settings=wandb.Settings(init_timeout=60))
-        except wandb.errors.Error as error:
-            said = " ".join(str(error).split())[:200]
-            print(f"warning: wandb: {said}; going on offline, {UPLOAD}", file=sys.stderr)
-            wandb.teardown()  # it holds on to the id of the run that failed
-    if run is None:
-        for old in (config.run_dir / "wandb").glob("*run-*"):
-            shutil.rmtree(old, ignore_errors=True)  # a mirror never stops the training
-        run = wandb.init(**options, mode="offline")
+    run = wandb.init(
+        project=config.wandb.project,
+        group=config.experiment,
+        name=config.run,
+        config=resolved,
+        id=id_file.read_text().strip(),
+        dir=str(config.run_dir),
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(init_timeout=60),
+    )
     # Our own step, because wandb's counts log calls.
     run.define_metric("*", step_metric="step")
     for axis in AXES:
@@ -78,17 +91,22 @@ def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str
 
 
 def succeeds(call: Callable[[], None]) -> bool:
-    """Call wandb. If that fails (its own process may be killed, say) the run goes on without it, after a warning."""
+    """Call wandb. If that fails (its own process may be killed, say) the run goes on without it."""
     try:
         call()
     except Exception as error:
-        import wandb
-
-        print(f"warning: wandb: {reason(error)}; going on without it, {UPLOAD}", file=sys.stderr)
-        with suppress(Exception):
-            wandb.teardown()  # or it tries to reach its process at the interpreter's end
+        give_up_wandb(error, "going on without it")
         return False
     return True
+
+
+def give_up_wandb(error: Exception, then: str) -> None:
+    import wandb
+
+    said = " ".join(str(error).split())[:200] or type(error).__name__
+    print(f"warning: wandb: {said}; {then}, upload later with scripts/wandb_sync.py", file=sys.stderr)
+    with suppress(Exception):
+        wandb.teardown()  # or it asks for its process once more at the interpreter's end
 
 
 def for_wandb(config: Config, record: dict[str, Any]) -> dict[str, Any]:

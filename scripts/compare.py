@@ -264,14 +264,14 @@ def upload(path: str, out: Path) -> None:
     entity, project, group = path.split("/")
     try:
         run = wandb.init(entity=entity, project=project, group=group, job_type="compare", name="compare", dir=out)
-    except wandb.errors.Error as error:
-        raise UserError(f"--upload: wandb cannot be reached ({reason(error)}); the files are in {out}") from None
-    artifact = wandb.Artifact(f"compare-{group}", type="comparison")
-    for suffix in ("md", "csv", "json", "png", "svg", "html"):
-        artifact.add_file(str(out / f"compare.{suffix}"))
-    run.log({"curves": wandb.Image(str(out / "compare.png"))})
-    run.log_artifact(artifact)
-    run.finish()
+        artifact = wandb.Artifact(f"compare-{group}", type="comparison")
+        for suffix in ("md", "csv", "json", "png", "svg", "html"):
+            artifact.add_file(str(out / f"compare.{suffix}"))
+        run.log({"curves": wandb.Image(str(out / "compare.png"))})
+        run.log_artifact(artifact)
+        run.finish()
+    except Exception as error:  # wandb's own, its connection's, its process's
+        raise UserError(f"--upload: wandb failed ({reason(error)}); the files are in {out}") from None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from config import Config
 from errors import Parser, UserError, reason, run_main
 from metrics import read_metrics
-from mirrors import finish_wandb, start_wandb
+from mirrors import finish_wandb, start_wandb, succeeds
 
 
 def main() -> None:
@@ -42,7 +42,8 @@ def upload(folder: Path, mode: str) -> None:
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{folder}: no run's folder ({reason(error)}); config.json, metrics.jsonl") from None
     run = start_wandb(config, config.model_dump(), records)
-    finish_wandb(run, records)
+    if run is None or not succeeds(lambda: finish_wandb(run, records)):
+        raise UserError(f"{folder}: not uploaded, wandb failed; see its message above")
     if mode == "online" and run.offline:
         raise UserError(f"{folder}: not uploaded, wandb cannot be reached; run `wandb login` or try again later")
     print(f"{folder}: {len(records)} lines, run {run.id} in project {config.wandb.project}")

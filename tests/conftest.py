@@ -56,6 +56,14 @@ def run_train(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def no_wandb_left() -> Iterator[None]:
+    """wandb's own process, once started, would serve all later tests and the processes that they start."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
 def read_lines(run_dir: Path, key: str) -> list[tuple[int, float]]:
     """(step, value) of all lines of a run's metrics.jsonl that have the key."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
