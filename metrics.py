@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,8 @@ class RunLog:
         self.max_steps = config.train.max_steps
         self.path, self.config = path, config
         self.wandb = start_wandb(config, resolved | {"environment": environment}, kept)
-        if self.wandb and config.wandb.save_code:
-            upload_code(self.wandb)
+        if config.wandb.save_code:
+            self._with_wandb(upload_code)
         self.tensorboard = start_tensorboard(config, kept)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=self.max_steps, initial=step, unit="step", desc=config.run, disable=not terminal)
@@ -169,10 +170,14 @@ class RunLog:
         self.message(f"step {record['step']}/{self.max_steps}  validation loss {record['val_loss']:.4f}")
 
     def _mirror(self, record: dict[str, Any]) -> None:
-        if self.wandb and not succeeds(lambda: self.wandb.log(for_wandb(self.config, record), step=record["step"])):
-            self.wandb = None
+        self._with_wandb(lambda run: run.log(for_wandb(self.config, record), step=record["step"]))
         if self.tensorboard:
             write_scalars(self.tensorboard, record)
+
+    def _with_wandb(self, call: Callable[[Any], None]) -> None:
+        """Call with wandb's run, if there is one. Where that fails, training goes on without it."""
+        if self.wandb and not succeeds(lambda: call(self.wandb)):
+            self.wandb = None
 
     def message(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
@@ -185,8 +190,7 @@ class RunLog:
         self.sync()
         self.file.close()
         self.bar.close()
-        if self.wandb:
-            succeeds(lambda: finish_wandb(self.wandb, read_metrics(self.path)))
+        self._with_wandb(lambda run: finish_wandb(run, read_metrics(self.path)))
         if self.tensorboard:
             self.tensorboard.close()
 
