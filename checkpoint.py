@@ -129,6 +129,6 @@ def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:
     for key in KEYS:  # in their order: a set's would name another key from one process to the next
         if key not in FREE_KEYS and value_of(now, key) != (before := value_of(saved, key)):
             raise UserError(
-                f"{config.run_dir}: was begun with {key} = {before}, now it is {value_of(now, key)}; "
+                f"{config.run_dir}: was begun with {key} = {before!r}, now it is {value_of(now, key)!r}; "
                 f"set it back, or choose another --train.out_dir"
             )

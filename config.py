@@ -112,9 +112,16 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """One optimizer; a key that it does not have is refused."""
 
-    name: Literal["adamw", "lion", "sophia-g", "sophia-h", "sophia-ablation", "adahessian", "muon", "soap"] = Field(
-        description="the optimizer"
-    )
+    name: Literal[
+        "adamw",
+        "lion",
+        "sophia-g",
+        "sophia-h",
+        "sophia-ablation",
+        "adahessian",
+        "muon",
+        "soap",
+    ] = Field(description="the optimizer")
     lr: float = Field(gt=0, description="peak learning rate")
     beta1: float = Field(ge=0, lt=1, description="decay of the momentum")
     beta2: float = Field(ge=0, lt=1, description="decay of the second moment, or of Sophia's Hessian estimate")
@@ -174,7 +181,9 @@ class WandbConfig(Section):
     """Mirror of metrics.jsonl at Weights & Biases."""
 
     mode: Literal["online", "offline", "disabled"] = Field("disabled", description="offline writes to the run's folder")
-    project: str = Field("sophia-gpt2", description="wandb project; the experiment is the group")
+    project: str = Field(
+        "sophia-gpt2", pattern=r"^[^/\\#?%:\x00-\x1f]+$", description="wandb project; the experiment is the group"
+    )
     save_code: bool = Field(False, description="upload the repository's files as an artifact")
 
 
@@ -190,9 +199,14 @@ class Config(Section):
     wandb: WandbConfig = Field(default_factory=WandbConfig)
 
     @model_validator(mode="after")
-    def _estimate_within_batch(self) -> Config:
+    def _sections_fit(self) -> Config:
         if (self.optimizer.hessian_batch_size or 0) > self.train.batch_size:
             raise ValueError("optimizer.hessian_batch_size is larger than train.batch_size, of which it is a part")
+        if self.train.warmup_steps >= self.train.max_steps:
+            raise ValueError(
+                f"train.warmup_steps {self.train.warmup_steps} leave none of train.max_steps {self.train.max_steps} "
+                f"for the learning rate to decay in; lower train.warmup_steps"
+            )
         if self.train.shard_optimizer and self.optimizer.name in ("muon", "soap"):
             raise ValueError(f"train.shard_optimizer cannot share out {self.optimizer.name}; set it to false")
         return self
@@ -416,6 +430,8 @@ def _first_problem(error: ValidationError) -> str:
         return f"{key} is missing; add it to the file or to the command line"
     key = key or "this run"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if problem["type"] == "string_pattern_mismatch":
+        message = "is empty, or has a character that cannot be in it"
     return f"{key} = {problem['input']!r} {message}" if not isinstance(problem["input"], dict) else f"{key}: {message}"
 
 

@@ -16,13 +16,18 @@ class UserError(Exception):
 
 def reason(error: Exception) -> str:
     """An exception in one short line, for the message of a UserError."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`. A UserError, or a disk that refuses, becomes one line on stderr and exit status 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""

@@ -63,8 +63,9 @@ def load_weights(model: GPT, source: str) -> None:
         if not isinstance(config, dict):
             raise ValueError("config.json is no object")
         tensors = _read_tensors(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no weights in Hugging Face's format ({reason(error)})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        ours = "; it is a run's folder: export it first with scripts/export_hf.py" * (folder / "metrics.jsonl").exists()
+        raise UserError(f"{source}: no weights in Hugging Face's format ({reason(error)}){ours}") from None
     config = {key: value for key, value in config.items() if value is not None}
     _refuse_other_shape(source, config, model.config)
     biased = any(name.endswith(".bias") and tensor.any() for name, tensor in tensors.items())
@@ -82,6 +83,8 @@ def load_weights(model: GPT, source: str) -> None:
             theirs = theirs[: len(weight)]
         if rows.shape != theirs.shape:
             raise UserError(f"{source}: {_their_name(name)} is {tuple(theirs.shape)}, not {tuple(rows.shape)}")
+        if not theirs.isfinite().all():
+            raise UserError(f"{source}: {_their_name(name)} has entries that are no numbers")
         rows.copy_(theirs)
 
 
@@ -135,7 +138,7 @@ def _refuse_other_shape(source: str, theirs: dict[str, Any], ours: ModelConfig) 
                 f"{source}: has {name} = {value}, the model {getattr(ours, key)}; add --model.{key}={value}"
             )
     positions = theirs.get("n_positions", 1024)
-    if not isinstance(positions, int) or positions < ours.block_size:
+    if type(positions) is not int or positions < ours.block_size:
         raise UserError(
             f"{source}: knows {positions} positions, the model has {ours.block_size}; "
             f"add --model.block_size={positions}"

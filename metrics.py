@@ -24,8 +24,10 @@ import torch
 from tqdm import tqdm
 
 from config import Config
+from data.token_files import read_meta
+from errors import UserError
 from files import whole_file
-from mirrors import finish_wandb, for_wandb, start_tensorboard, start_wandb, succeeds, upload_code, write_scalars
+from mirrors import finish_wandb, for_wandb, start_tensorboard, start_wandb, succeeds, write_scalars
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets; the first name that the device's contains counts.
 # A device that is not listed gets no MFU rather than a wrong one.
@@ -98,6 +100,41 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     }
 
 
+def read_environment(folder: Path) -> dict[str, Any]:
+    """A run's environment.json, or {} where there is none. Raises UserError for a damaged one."""
+    path = folder / "environment.json"
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(read, dict) or not isinstance(read.get("data", {}), dict):
+            raise ValueError("no object")
+        return read
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: damaged; remove it, what it says is lost, the run is not") from None
+
+
+def data_meta(checkpoint: Path, config: Config) -> dict[str, Any]:
+    """What the data's meta.json said when the run was trained, else what it says now; {} where there is none.
+
+    `checkpoint` is a run's folder, or a file in it.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return read_environment(folder).get("data") or read_meta(Path(config.data.path))
+
+
+def tokenizer_name(checkpoint: Path, config: Config) -> str:
+    """Of the data that the run was trained on; raises UserError where that cannot be."""
+    meta = data_meta(checkpoint, config)
+    name, size = meta.get("tokenizer", "gpt2"), meta.get("vocab_size", 50257)
+    if size != config.model.text_vocab_size:
+        raise UserError(
+            f"{checkpoint}: was trained on {config.model.text_vocab_size} tokens, and no environment.json or "
+            f"{config.data.path}/meta.json says which; put one of them back"
+        )
+    return name
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, null as NaN. A damaged line (torn, when its process was killed) is left out."""
     records = []
@@ -133,14 +170,14 @@ class RunLog:
         path = run_dir / "metrics.jsonl"
         kept = read_metrics(path) if path.exists() else []
         kept = [r for r in kept if r["step"] <= (validated_step if "val_loss" in r else step)]
+        if missing := sorted(set(range(1, step + 1)) - {r["step"] for r in kept if "loss" in r}):
+            print(f"warning: {path}: {len(missing)} steps from {missing[0]} to {missing[-1]} are lost", file=sys.stderr)
         with whole_file(path) as file:
             file.write("".join(map(to_line, kept)).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.max_steps = config.train.max_steps
         self.path, self.config = path, config
-        self.wandb = start_wandb(config, resolved | {"environment": environment}, kept)
-        if config.wandb.save_code:
-            self._with_wandb(upload_code)
+        self.wandb = start_wandb(config, run_dir, resolved | {"environment": environment}, kept)
         self.tensorboard = start_tensorboard(config, kept)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=self.max_steps, initial=step, unit="step", desc=config.run, disable=not terminal)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import Config
-from errors import UserError
+from errors import UserError, reason
 from plan import step_flops
 
 # What a validation loss is drawn against at wandb, besides the step. flops: of all steps so far, estimates counted.
@@ -30,8 +30,8 @@ def check_installed(config: Config) -> None:
             raise UserError(f"{name} is missing: python -m pip install {name}, or train without it")
 
 
-def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str, Any]]) -> Any:
-    """A wandb run that has the `records` of metrics.jsonl: online if asked and possible, else offline, else None.
+def start_wandb(config: Config, folder: Path, resolved: dict[str, Any], records: list[dict[str, Any]]) -> Any:
+    """A wandb run for the run in `folder`: online if asked and possible, else offline, else None.
 
     Nothing that wandb raises stops a run.
     """
@@ -39,20 +39,24 @@ def start_wandb(config: Config, resolved: dict[str, Any], records: list[dict[str
         return None
     if config.wandb.mode == "online":
         try:
-            return open_wandb(config, "online", resolved, records)
+            return open_wandb(config, "online", folder, resolved, records)
         except Exception as error:
             give_up_wandb(error, "going on offline")  # wandb would hold on to the id of the run that failed
     try:
-        return open_wandb(config, "offline", resolved, records)
+        return open_wandb(config, "offline", folder, resolved, records)
     except Exception as error:
         give_up_wandb(error, "going on without it")
     return None
 
 
 def open_wandb(
-    config: Config, mode: Literal["online", "offline"], resolved: dict[str, Any], records: list[dict[str, Any]]
+    config: Config,
+    mode: Literal["online", "offline"],
+    folder: Path,
+    resolved: dict[str, Any],
+    records: list[dict[str, Any]],
 ) -> Any:
-    """A wandb run named like ours, in the experiment's group.
+    """A wandb run named like ours, in the experiment's group, that has the `records` of metrics.jsonl already.
 
     It has one id for its whole life, kept in the run's folder. Online, wandb says how far it has come and ignores what
     it has; what a killed process did not get through is sent again. Offline, its file is written anew from `records`.
@@ -61,9 +65,9 @@ def open_wandb(
     import wandb
 
     if mode == "offline":
-        for old in (config.run_dir / "wandb").glob("*run-*"):
+        for old in (folder / "wandb").glob("*run-*"):
             shutil.rmtree(old)
-    id_file = config.run_dir / "wandb_id"
+    id_file = folder / "wandb_id"
     if not id_file.exists():
         in_sweep = "WANDB_SWEEP_ID" in os.environ  # then the agent has chosen
         id_file.write_text(os.environ["WANDB_RUN_ID"] if in_sweep else secrets.token_hex(4))
@@ -73,7 +77,7 @@ def open_wandb(
         name=config.run,
         config=resolved,
         id=id_file.read_text().strip(),
-        dir=str(config.run_dir),
+        dir=str(folder),
         mode=mode,
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(init_timeout=60),
@@ -87,6 +91,8 @@ def open_wandb(
     for record in records:
         if record["step"] >= known and is_mirrored(record):
             run.log(for_wandb(config, record), step=record["step"])
+    if config.wandb.save_code:
+        upload_code(run)
     return run
 
 
@@ -103,8 +109,7 @@ def succeeds(call: Callable[[], None]) -> bool:
 def give_up_wandb(error: Exception, then: str) -> None:
     import wandb
 
-    said = " ".join(str(error).split())[:200] or type(error).__name__
-    print(f"warning: wandb: {said}; {then}, upload later with scripts/wandb_sync.py", file=sys.stderr)
+    print(f"warning: wandb: {reason(error)}; {then}, upload later with scripts/wandb_sync.py", file=sys.stderr)
     with suppress(Exception):
         wandb.teardown()  # or it asks for its process once more at the interpreter's end
 

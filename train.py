@@ -44,7 +44,7 @@ from data.batches import (
     validation_windows,
     window_offsets,
 )
-from data.token_files import fingerprint, open_tokens
+from data.token_files import fingerprint, open_tokens, read_meta
 from errors import UserError, reason, run_main
 from files import locked
 from model import GPT, flops_per_token, summed_loss
@@ -116,7 +116,8 @@ def begin(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: di
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with locked(config.run_dir):
         checkpoint.set_aside(config.run_dir, beyond=progress.step)
-        environment = metrics.environment(place.device, place.world_size)
+        data = {"data": read_meta(Path(config.data.path))}
+        environment = metrics.environment(place.device, place.world_size) | data
         return train(run, progress, metrics.RunLog(config, environment, progress.step, progress.validated_step))
 
 

@@ -49,7 +49,9 @@ def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> n
     """
     path = folder / f"{split}.bin"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; make it first, e.g. python data/openwebtext/prepare.py --out {folder}")
+        own = folder / "prepare.py"
+        make = str(own) if own.exists() else f"data/openwebtext/prepare.py --out {folder}"
+        raise UserError(f"{path}: no such file; make it first: python {make}")
     meta = read_meta(folder)
     size = path.stat().st_size
     expected = meta.get("splits", {}).get(split, {}).get("tokens")

@@ -21,7 +21,7 @@ from typing import Any
 import plan
 from config import FREE_KEYS, KEYS, ModelConfig, OptimizerConfig, value_of
 from errors import UserError, reason
-from metrics import read_metrics
+from metrics import read_environment, read_metrics
 
 # Keys that decide a run's losses. A run may be resumed where its data have moved to, but another path is other data
 # until someone says otherwise; and how often a run is validated changes none of its losses.
@@ -133,10 +133,8 @@ def read_run(folder: Path) -> Run | None:
     """One run's numbers; None where it was not validated yet."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        path = folder / "environment.json"
-        environment = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         records = read_metrics(folder / "metrics.jsonl")
-        run = Run(config, environment, *split_records(records))
+        run = Run(config, read_environment(folder), *split_records(records))
         if not (run.name and run.optimizer and run.horizon > 0 and run.seed >= 0 and step_flops(config)):
             raise ValueError("not a config of ours")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

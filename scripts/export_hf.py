@@ -19,11 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint
 from config import Config
-from data.token_files import read_meta
 from data.tokenize import gpt2_files, load_tokenizer
 from errors import Parser, UserError, run_main
 from hugging_face import hugging_face_config, to_hugging_face
-from metrics import read_metrics
+from metrics import data_meta, read_environment, read_metrics, tokenizer_name
 from model import num_parameters, padding_rows
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,7 +39,7 @@ Sophia (arXiv 2305.14342). A base model: it continues text, and was not made saf
 * Started from: {start}
 * Training data: {data}, {tokens:,} tokens seen ({batch_size} sequences of {block_size} a step)
 * Validation loss: {loss}
-* Trained at commit {commit} on {world_size} × {device}
+* Trained at: {where}
 
 ```python
 from transformers import pipeline
@@ -65,8 +64,8 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run's folder, or one of its .pt files")
     parser.add_argument("out", metavar="DIR", type=Path, help="folder to write; must be new or empty")
     arguments = parser.parse_args()
-    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise UserError(f"{arguments.out}: exists and is not empty; name a new folder")
+    if arguments.out.is_file() or (arguments.out.is_dir() and any(arguments.out.iterdir())):
+        raise UserError(f"{arguments.out}: is there already; name a new folder")
     export(arguments.checkpoint, arguments.out)
     print(f"wrote {arguments.out}: " + ", ".join(sorted(path.name for path in arguments.out.iterdir())))
 
@@ -79,20 +78,15 @@ def export(path: Path, out: Path) -> None:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise UserError("transformers is missing: python -m pip install -r requirements-hub.txt") from None
-    meta = read_meta(Path(config.data.path))
-    tokenizer = make_tokenizer(meta.get("tokenizer", "gpt2"), config.model.block_size)
-    if len(tokenizer) != config.model.vocab_size:
-        raise UserError(
-            f"{path}: was trained on {config.model.vocab_size} tokens, the tokenizer of {config.data.path} has "
-            f"{len(tokenizer)}; put the data it was trained on back there"
-        )
+    tokenizer = make_tokenizer(tokenizer_name(path, config), config.model.block_size)
+    card = model_card(path, config, step)  # before anything is written: it reads files that may be damaged
     exported = GPT2LMHeadModel(GPT2Config(**hugging_face_config(config.model, tokenizer.eos_token_id)))
     missing, unexpected = exported.load_state_dict(to_hugging_face(model), strict=False)
     assert missing == ["lm_head.weight"], missing  # which is the embedding itself
     assert not unexpected, unexpected
     exported.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(model_card(path, config, step, meta), encoding="utf-8")
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def make_tokenizer(name: str, block_size: int) -> Any:
@@ -112,17 +106,17 @@ def make_tokenizer(name: str, block_size: int) -> Any:
     return GPT2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=block_size)
 
 
-def model_card(path: Path, config: Config, step: int, meta: dict[str, Any]) -> str:
+def model_card(path: Path, config: Config, step: int) -> str:
     folder = path if path.is_dir() else path.parent
-    environment, loss = {}, "not measured"
-    if (folder / "environment.json").exists():
-        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    environment, loss = read_environment(folder), "not measured"
+    known = [f"{key} {environment[key]}" for key in ("commit", "world_size", "device") if environment.get(key)]
     if (folder / "metrics.jsonl").exists():
         at = [r for r in read_metrics(folder / "metrics.jsonl") if "val_loss" in r and r["step"] == step]
         loss = f"{at[-1]['val_loss']:.4f} nats a token" if at else loss
     recipe = config.model_dump(exclude_none=True, exclude={"wandb"})
     recipe["train"].pop("out_dir")
-    path_of_data = recipe["data"].pop("path")
+    path_of_data = recipe.pop("data")["path"]
+    source = data_meta(path, config).get("recipe", {}).get("source")
     return CARD.format(
         name=f"{config.experiment}/{config.run}",
         optimizer=config.optimizer.name,
@@ -131,14 +125,12 @@ def model_card(path: Path, config: Config, step: int, meta: dict[str, Any]) -> s
         max_steps=config.train.max_steps,
         start=config.train.init_from or "random weights",
         scaling=SCALING if config.model.scale_attn_by_inverse_layer_idx else "",
-        data=json.dumps(meta["source"]) if "source" in meta else Path(path_of_data).name,
+        data=json.dumps(source) if source else Path(path_of_data).name,
         tokens=step * config.train.batch_size * config.model.block_size,
         batch_size=config.train.batch_size,
         block_size=config.model.block_size,
         loss=loss,
-        commit=environment.get("commit"),
-        world_size=environment.get("world_size"),
-        device=environment.get("device"),
+        where=", ".join(known) or "a place that is not recorded",
         recipe=json.dumps(recipe, indent=2),
     )
 

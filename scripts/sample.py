@@ -3,8 +3,8 @@
     python scripts/sample.py out/gpt2_125m/sophia-g --prompt "The meaning of life"
     python scripts/sample.py out/quickstart/adamw/step_00000600.pt --prompt "def " --tokens 300 --temperature 0.8
 
-Given a run's folder it takes the newest checkpoint. The tokenizer is the one in the meta.json of the run's data, or
-GPT-2's where there is none.
+Given a run's folder it takes the newest checkpoint. The tokenizer is the one that the run's data was made with, or
+GPT-2's where the data does not say.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint
-from data.token_files import read_meta
 from data.tokenize import load_tokenizer
 from errors import Parser, UserError, number, run_main
+from metrics import tokenizer_name
 from model import GPT
 
 
@@ -30,12 +30,7 @@ def main() -> None:
     config, model, _ = checkpoint.load_model(path)
     if not config.model.causal:
         raise UserError(f"{path}: fills in masked tokens (model.causal = false) and cannot continue a text")
-    tokenizer = load_tokenizer(read_meta(Path(config.data.path)).get("tokenizer", "gpt2"))
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"{path}: was trained on {config.model.vocab_size} tokens, the tokenizer of {config.data.path} has "
-            f"{tokenizer.vocab_size}; put the data it was trained on back there"
-        )
+    tokenizer = load_tokenizer(tokenizer_name(path, config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
 

@@ -13,6 +13,7 @@ file may ever be torn. The exit status is 0 if so.
 from __future__ import annotations
 
 import argparse
+import glob
 import io
 import json
 import os
@@ -76,6 +77,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.prepare:
+            if not glob.glob(arguments.prepare, recursive=True):
+                raise UserError(f"--prepare {arguments.prepare!r}: no file matches (quote the pattern for the shell)")
             torture_prepare(arguments.prepare, Path(folder), random.Random(arguments.seed))
             return
         experiment = make_experiment(Path(folder))

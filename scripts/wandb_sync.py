@@ -36,12 +36,11 @@ def upload(folder: Path, mode: str) -> None:
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         saved["wandb"]["mode"] = mode
-        saved["train"]["out_dir"] = str(folder.resolve().parents[1])
         config = Config.model_validate(saved)
         records = read_metrics(folder / "metrics.jsonl")
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{folder}: no run's folder ({reason(error)}); config.json, metrics.jsonl") from None
-    run = start_wandb(config, config.model_dump(), records)
+    run = start_wandb(config, folder, config.model_dump(), records)
     if run is None or not succeeds(lambda: finish_wandb(run, records)):
         raise UserError(f"{folder}: not uploaded, wandb failed; see its message above")
     if mode == "online" and run.offline:

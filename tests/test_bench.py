@@ -66,7 +66,7 @@ def test_a_failure_loses_nothing_that_was_measured(
     run_main(bench.main)
     out = capsys.readouterr().out
     assert "| data | it | 1 ms |" in out
-    assert "not run: start (RuntimeError: no such kernel)\nnot run: ddp (needs torchrun)\n" in out
+    assert "not run: start (RuntimeError: no such kernel more)\nnot run: ddp (needs torchrun)\n" in out
 
 
 def test_the_gpu_table_is_complete_with_a_stand_in_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

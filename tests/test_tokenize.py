@@ -67,7 +67,8 @@ def test_prepare_round_trip(kind: str, tmp_path: Path) -> None:
         write(source / f"b.{kind}", TEXTS[15:])
     done = run_prepare("--files", f"{source}/*.{kind}", "--out", out, "--workers", 2)
     assert done.returncode == 0, done.stderr
-    assert "nanoGPT's OpenWebText: 9,035,582,198" in done.stdout
+    assert "documents" in done.stdout
+    assert "nanoGPT" not in done.stdout  # whose counts are OpenWebText's
     meta = json.loads((out / "meta.json").read_text())
     assert {path.name for path in out.iterdir()} == {"train.bin", "val.bin", "meta.json"}
     held_out = validation_documents(40, 0.0005, 2357)

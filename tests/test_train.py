@@ -115,7 +115,14 @@ def test_lines_beyond_the_checkpoint_are_written_once(experiment: Path, run_trai
 
 
 def one_step(run_train: Runner, experiment: Path, run: str, out: Path, *arguments: str) -> dict:
-    run_train(experiment, f"--run={run}", "--train.max_steps=1", f"--train.out_dir={out}", *arguments)
+    run_train(
+        experiment,
+        f"--run={run}",
+        "--train.max_steps=1",
+        "--train.warmup_steps=0",
+        f"--train.out_dir={out}",
+        *arguments,
+    )
     saved = checkpoint.load_newest(out / "tiny" / run)
     assert saved is not None
     return saved
@@ -138,7 +145,12 @@ def test_a_step_and_its_estimate_are_the_same_for_any_micro_batch_and_loss_chunk
     whole = one_step(run_train, experiment, run, tmp_path / "whole")
     parts = one_step(run_train, experiment, run, tmp_path / "parts", "--train.micro_batch_size=2")
     assert_same_state(whole, parts)
-    arguments = ["--train.max_steps=1", "--train.micro_batch_size=2", f"--train.out_dir={tmp_path / 'ranks'}"]
+    arguments = [
+        "--train.max_steps=1",
+        "--train.warmup_steps=0",
+        "--train.micro_batch_size=2",
+        f"--train.out_dir={tmp_path / 'ranks'}",
+    ]
     arguments += ["--train.loss_chunk=24"]  # of the 32 tokens of a micro-batch
     done = torchrun(2, experiment, f"--run={run}", *arguments, script="tests/float64_train.py")
     assert done.returncode == 0, done.stderr
