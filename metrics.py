@@ -171,7 +171,8 @@ class RunLog:
         kept = read_metrics(path) if path.exists() else []
         kept = [r for r in kept if r["step"] <= (validated_step if "val_loss" in r else step)]
         if missing := sorted(set(range(1, step + 1)) - {r["step"] for r in kept if "loss" in r}):
-            print(f"warning: {path}: {len(missing)} steps from {missing[0]} to {missing[-1]} are lost", file=sys.stderr)
+            lost = f"{len(missing)} of the steps from {missing[0]} to {missing[-1]} are lost"
+            print(f"warning: {path}: {lost}", file=sys.stderr)
         with whole_file(path) as file:
             file.write("".join(map(to_line, kept)).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run

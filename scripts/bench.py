@@ -112,6 +112,8 @@ def check(arguments: argparse.Namespace, place: Place) -> None:
             [arguments.datasets_python, "-c", "import datasets, tiktoken"], capture_output=True
         ).returncode:
             raise UserError(f"{arguments.datasets_python} lacks datasets or tiktoken; name one by --datasets-python")
+    if arguments.json and arguments.json.is_dir():
+        raise UserError(f"--json={arguments.json}: is a folder; name a file")
 
 
 def measurements(

@@ -6,15 +6,16 @@
 
 Each DIR is what export_hf.py writes, or any causal model of transformers. Without --tasks: BoolQ, CB, COPA and RTE of
 SuperGLUE, 2-shot, with 5 draws of the examples shown, and HellaSwag and LAMBADA with none shown. Prints accuracies,
-mean ± standard error over the draws (of one draw: the harness's own over the questions), and writes evaluate.md, .json
-and .png. Under torchrun the ranks share out models, tasks and draws. Results are kept one by one in evaluate/, and an
-interrupted call goes on. Needs requirements-hub.txt; the harness downloads its questions.
+mean ± standard error over the draws / over the questions, and writes evaluate.md, .json and .png. Under torchrun the
+ranks share out models, tasks and draws. Results are kept one by one in evaluate/, and an interrupted call goes on.
+Needs requirements-hub.txt; the harness downloads its questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +54,7 @@ class Job:
     shots: int
     draw: int
     limit: int | None
+    inputs: str  # a digest of the model's files and of the task files, by their sizes and times
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class Result:
     stderr: float | None  # over the questions, as the harness estimates it
     shots: int  # as shown: a task may have a number of its own
     metrics: dict[str, Any]  # all that the harness says
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of a model in a task, with its standard errors."""
+
+    mean: float
+    draws: float | None  # over the draws of the examples
+    questions: float | None  # over the questions, mean of the draws
 
 
 def main() -> None:
@@ -84,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("models", metavar="DIR", nargs="+", type=Path, help="folders in Hugging Face's format")
     parser.add_argument("--tasks", metavar="A,B", help="tasks of the harness, in place of those above")
-    parser.add_argument("--include-path", metavar="DIR", help="folder with task files (YAML) of your own")
+    parser.add_argument("--include-path", metavar="DIR", type=Path, help="folder with task files (YAML) of your own")
     parser.add_argument(
         "--shots", metavar="N", type=number(int, 0, 100), default=2, help="examples shown before a question"
     )
@@ -93,6 +104,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", metavar="N", type=number(int, 1), default=8, help="questions at once")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: the first DIR)")
     arguments = parser.parse_args()
+    for folder in filter(None, (arguments.out, arguments.include_path)):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; name a folder")
+    if arguments.include_path and not arguments.include_path.exists():
+        raise UserError(f"--include-path={arguments.include_path}: no such folder")
+    if arguments.tasks is not None and not all(arguments.tasks.split(",")):
+        raise UserError(f"--tasks={arguments.tasks}: has an empty name; write --tasks=A,B")
     for folder in arguments.models:
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: no model of transformers; make one with scripts/export_hf.py")
@@ -106,11 +124,22 @@ def parse_arguments() -> argparse.Namespace:
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     few = arguments.tasks.split(",") if arguments.tasks else list(FEW_SHOT)
     shots = dict.fromkeys(few, arguments.shots) | ({} if arguments.tasks else dict.fromkeys(ZERO_SHOT, 0))
+    tasks = list(arguments.include_path.rglob("*")) if arguments.include_path else []
+    inputs = {}
+    for model in arguments.models:
+        own = [path for path in model.glob("*") if not path.name.startswith("evaluate")]  # which this script writes
+        inputs[model] = digest([*own, *tasks])
     return [
-        Job(str(model), task, n, draw, arguments.limit)
+        Job(str(model), task, n, draw, arguments.limit, inputs[model])
         for model, (task, n) in itertools.product(arguments.models, shots.items())
         for draw in range(arguments.draws if n else 1)  # with no examples there is nothing to draw
     ]
+
+
+def digest(paths: list[Path]) -> str:
+    """Changes where one of the files does, without reading them: a model's weights are gigabytes."""
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths) if path.is_file()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def out_of(arguments: argparse.Namespace) -> Path:
@@ -118,12 +147,15 @@ def out_of(arguments: argparse.Namespace) -> Path:
 
 
 def evaluate(arguments: argparse.Namespace, job: Job) -> Result:
-    """The job's result, from its file in evaluate/ where an earlier call came that far with the same model."""
-    name = "-".join(f"{value}" for value in asdict(job).values()).replace("/", "_")
+    """The job's result, from its file in evaluate/ where an earlier call made it of the same model and task files."""
+    name = hashlib.sha256(json.dumps(asdict(job)).encode()).hexdigest()[:16]
     path = out_of(arguments) / "evaluate" / f"{name}.json"
-    if path.exists() and path.stat().st_mtime > Path(job.model, "config.json").stat().st_mtime:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return Result(**saved | {"job": Job(**saved["job"])})
+    if path.exists():
+        with suppress(ValueError, KeyError, TypeError):  # damaged: made again
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            result = Result(**saved | {"job": Job(**saved["job"])})
+            print(f"{job.model}  {job.task}  draw {job.draw}: {result.accuracy:.4f} (from {path})", flush=True)
+            return result
     result = call_harness(arguments, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
@@ -165,11 +197,11 @@ def call_harness(arguments: argparse.Namespace, job: Job) -> Result:
 
 
 @functools.cache
-def task_manager(folder: str | None) -> Any:
+def task_manager(folder: Path | None) -> Any:
     """What finds the harness's tasks; it reads ten thousand files for that."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=folder)
+    return TaskManager(include_path=str(folder) if folder else None)
 
 
 @functools.lru_cache(maxsize=1)
@@ -206,11 +238,11 @@ def gather(done: list[Result], problem: str | None, world_size: int) -> tuple[li
 
 
 def report(results: list[Result], out: Path) -> None:
-    cells: dict[str, dict[str, tuple[float, float]]] = {}  # {model: {task: (accuracy, standard error)}}
+    cells: dict[str, dict[str, Accuracy]] = {}  # {model: {task: …}}
     for (model, task), group in itertools.groupby(results, key=lambda result: (result.job.model, result.job.task)):
         cells.setdefault(model, {})[task] = over_draws(list(group))
-    rows = [{"run": m} | {task: f"{a:.4f} ± {e:.4f}" for task, (a, e) in tasks.items()} for m, tasks in cells.items()]
-    table = format_table(rows)
+    rows = [{"run": model} | {task: as_text(value) for task, value in tasks.items()} for model, tasks in cells.items()]
+    table = f"{format_table(rows)}\n\n± standard error over the draws / over the questions"
     contents = {"md": table, "json": json.dumps([asdict(result) for result in results], indent=1, default=str)}
     for suffix, text in contents.items():
         with whole_file(out / f"evaluate.{suffix}") as file:
@@ -220,26 +252,32 @@ def report(results: list[Result], out: Path) -> None:
     print(f"wrote evaluate.md, .json and .png to {out}")
 
 
-def over_draws(results: list[Result]) -> tuple[float, float]:
-    """Mean accuracy and its standard error: over the draws; where nothing was drawn, over the questions."""
+def over_draws(results: list[Result]) -> Accuracy:
+    """The mean of a task's draws; an error is None where one draw, or one question, tells of none."""
     values = [result.accuracy for result in results]
-    if len(values) == 1 or results[0].shots == 0:
-        error = results[0].stderr
-        return values[0], math.nan if error is None else error
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    drawn = len(values) > 1 and results[0].shots > 0
+    draws = statistics.stdev(values) / math.sqrt(len(values)) if drawn else None
+    errors = [result.stderr for result in results if result.stderr is not None]
+    return Accuracy(statistics.fmean(values), draws, statistics.fmean(errors) if errors else None)
 
 
-def draw_bars(cells: dict[str, dict[str, tuple[float, float]]], path: Path) -> None:
+def as_text(value: Accuracy) -> str:
+    draws, questions = ("–" if error is None else f"{error:.4f}" for error in (value.draws, value.questions))
+    return f"{value.mean:.4f} ± {draws} / {questions}"
+
+
+def draw_bars(cells: dict[str, dict[str, Accuracy]], path: Path) -> None:
     plt = pictures.pyplot()
     tasks = list(next(iter(cells.values())))
     figure, panel = plt.subplots(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
     width = 0.8 / len(cells)
     for index, (model, values) in enumerate(cells.items()):
         places = [place + (index - (len(cells) - 1) / 2) * width for place in range(len(tasks))]
-        heights, errors = zip(*values.values(), strict=True)
-        panel.bar(places, heights, width, yerr=[0 if math.isnan(e) else e for e in errors], capsize=3, label=model)
+        heights = [value.mean for value in values.values()]
+        errors = [max(value.draws or 0, value.questions or 0) for value in values.values()]
+        panel.bar(places, heights, width, yerr=errors, capsize=3, label=model)
     panel.set_xticks(range(len(tasks)), tasks)
-    panel.set_ylabel("accuracy")
+    panel.set_ylabel("accuracy ± the larger standard error")
     panel.legend(frameon=False)
     pictures.save(figure, [path])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +84,15 @@ def test_openai_shaped_files_are_read(tmp_path: Path) -> None:
         hugging_face.load_weights(model, str(tmp_path))
     with pytest.raises(UserError, match="no weights in Hugging Face's format"):
         hugging_face.load_weights(model, str(tmp_path / "nowhere"))
+    for index in ("{}", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": ["a"]}', 100_000 * "["):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match="no weights in Hugging Face's format"):
+            hugging_face.load_weights(model, str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    tensors["ln_f.weight"][0] = math.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="has entries that are no numbers"):
+        hugging_face.load_weights(model, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
@@ -117,6 +128,7 @@ print(len(write("ab", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
     loss = read_lines(tmp_path / "out/tiny/adamw", "val_loss")[-1][1]
     assert f"{loss:.4f} nats a token" in card
     assert '"lr": 0.01' in card
+    assert '* Training data: {"test": "bytes"}, 1,536 tokens seen' in card
     _, model, _ = load_model(tmp_path / "out/tiny/adamw")
     tokens = torch.randint(257, (2, 16))
     theirs = GPT2LMHeadModel.from_pretrained(exported)
@@ -211,10 +223,39 @@ def test_evaluate_equals_the_harness_called_by_hand(judged: Path, task: Path, tm
     assert done.stdout.count("| run") == 1
 
 
+def test_evaluate_keeps_a_result_until_its_inputs_change(judged: Path, task: Path, monkeypatch, capsys) -> None:
+    def answer(_: object, job: evaluate.Job) -> evaluate.Result:
+        made.append(job.draw)
+        return evaluate.Result(job, 0.5 + job.draw / 10, 0.25, job.shots, {})
+
+    def run() -> list[int]:
+        made.clear()
+        run_main(evaluate.main)
+        return made
+
+    made: list[int] = []
+    monkeypatch.setattr(evaluate, "call_harness", answer)
+    arguments = [judged, "--tasks=digits", f"--include-path={task}", "--draws=2"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    assert run() == [0, 1]
+    assert "| 0.5500 ± 0.0500 / 0.2500 |" in capsys.readouterr().out
+    assert run() == []
+    assert "draw 1: 0.6000 (from " in capsys.readouterr().out
+    (task / "validation.jsonl").write_text('{"question": "1 + 1", "label": 2}')
+    assert run() == [0, 1]
+    os.utime(judged / "model.safetensors")  # as another model would have another time
+    assert run() == [0, 1]
+    max((judged / "evaluate").iterdir(), key=lambda path: path.stat().st_mtime_ns).write_text("{")
+    assert run() == [1]
+
+
 def test_evaluate_refuses_in_one_line(exported: Path, task: Path, monkeypatch, capsys, tmp_path: Path) -> None:
     for arguments, says in (
         ([tmp_path / "none"], "no model of transformers"),
         ([exported, "--tasks=sums", f"--include-path={task}"], "task sums"),
+        ([exported, "--tasks=digits", f"--include-path={tmp_path / 'none'}"], "no such folder"),
+        ([exported, "--tasks=,"], "has an empty name"),
+        ([exported, f"--out={task / 'digits.yaml'}"], "is a file"),
     ):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:

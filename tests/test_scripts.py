@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -150,6 +151,10 @@ def test_sample_writes_from_a_run_and_refuses_what_is_none(experiment: Path, run
     assert "no checkpoint in it" in refused("sample.py", tmp_path)
     (tmp_path / "torn.pt").write_bytes((folder / "step_00000012.pt").read_bytes()[:500])
     assert "torn.pt: unreadable" in refused("sample.py", tmp_path / "torn.pt")
+    (tmp_path / "bytes/meta.json").unlink()  # the run remembers what it was trained on
+    assert run_script("sample.py", folder, *arguments).stdout == one.stdout
+    (folder / "environment.json").unlink()
+    assert "was trained on 257 tokens" in refused("sample.py", folder)
 
 
 def byte_data(tmp_path: Path) -> Path:
@@ -159,7 +164,8 @@ def byte_data(tmp_path: Path) -> Path:
     for split in ("train", "val"):
         (folder / f"{split}.bin").write_bytes(b"a\0b\0c\0" * 200)
         splits[split] = {"tokens": 600}
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "splits": splits}))
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "splits": splits, "recipe": {"source": {"test": "bytes"}}}
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
@@ -221,6 +227,19 @@ def test_training_goes_on_where_wandb_refuses_the_key(experiment: Path, tmp_path
     assert "not uploaded, wandb cannot be reached" in again.stderr
     assert_wandb_has_all_points_once(folder)
     assert "no run's folder" in refused("wandb_sync.py", tmp_path)
+
+
+def test_wandb_sync_takes_the_folder_it_is_given(experiment: Path, run_train, tmp_path: Path) -> None:
+    run_train(experiment, "--run=adamw", "--wandb.save_code=true")
+    original, copy = tmp_path / "out/tiny/adamw", tmp_path / "copy"
+    shutil.copytree(original, copy)
+    done = run_script("wandb_sync.py", "--offline", copy)
+    assert done.returncode == 0, done.stderr
+    assert not (original / "wandb").exists()
+    (stored,) = copy.rglob("run-*.wandb")
+    records = list(read_records(stored))
+    assert any(r.request.HasField("log_artifact") or r.artifact.type == "code" for r in records)
+    assert [row["step"] for row in read_history(stored)[1] if "val_loss" in row] == [0, 4, 8, 12]
 
 
 def test_training_goes_on_where_wandb_s_own_process_is_killed(experiment: Path, tmp_path: Path) -> None:

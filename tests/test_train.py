@@ -114,6 +114,17 @@ def test_lines_beyond_the_checkpoint_are_written_once(experiment: Path, run_trai
         assert read_lines(folder, key) == read_lines(tmp_path / "whole/tiny/lion", key)
 
 
+def test_a_hole_in_the_log_is_named(experiment: Path, run_train: Runner, tmp_path: Path, capsys) -> None:
+    run_train(experiment, "--run=lion")
+    folder = tmp_path / "out/tiny/lion"
+    (folder / "step_00000012.pt").unlink()
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith(('{"step": 3,', '{"step": 5,'))))
+    run_train(experiment, "--run=lion", "--resume")
+    assert "2 of the steps from 3 to 5 are lost" in capsys.readouterr().err
+
+
 def one_step(run_train: Runner, experiment: Path, run: str, out: Path, *arguments: str) -> dict:
     run_train(
         experiment,
