@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import ModelConfig
-from model import GPT
+from model import GPT, weight_decay_groups
 from sophia import SophiaG, sampled_label_loss
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    optimizer = SophiaG(model.parameters(), lr=1e-3, betas=(0.9, 0.95), rho=0.05)
+    optimizer = SophiaG(weight_decay_groups(model, 0.2), lr=1e-3, betas=(0.9, 0.95), rho=0.05)
 
     text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()

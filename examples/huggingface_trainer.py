@@ -96,7 +96,10 @@ def main() -> None:
         vocab_size=256, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
     )
     model = GPT2LMHeadModel(shape)
-    optimizer = SophiaG(model.parameters(), lr=1e-3, betas=(0.9, 0.95), rho=0.05)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]  # biases and norms do not decay
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = SophiaG(groups, lr=1e-3, betas=(0.9, 0.95), rho=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, 5, arguments.steps)
     trainer = Trainer(
         model,

@@ -32,7 +32,10 @@ class Classifier(lightning.LightningModule):
         return self.layers(x)
 
     def configure_optimizers(self) -> SophiaG:
-        return SophiaG(self.parameters(), lr=3e-3, betas=(0.9, 0.95), rho=0.05)
+        matrices = [p for p in self.parameters() if p.ndim >= 2]
+        others = [p for p in self.parameters() if p.ndim < 2]  # biases do not decay
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        return SophiaG(groups, lr=3e-3, betas=(0.9, 0.95), rho=0.05)
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
         begins_step = batch_idx % self.trainer.accumulate_grad_batches == 0  # no gradient yet
@@ -46,8 +49,9 @@ class Classifier(lightning.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             loss = sampled_label_loss(self(x), uniforms)
         loss.backward()
-        for parameter in self.parameters():  # the mean over the ranks
-            parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+        for parameter in self.parameters():
+            if parameter.grad is not None:  # the mean over the ranks
+                parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, SophiaG)
         optimizer.update_hessian_from_grad(n_labels=len(x) * self.trainer.world_size)

@@ -1,4 +1,4 @@
-"""Sophia-G in a plain PyTorch loop: copy sophia.py, and add the four lines marked with an arrow.
+"""Sophia-G in a plain PyTorch loop: copy sophia.py, and add the five lines marked with an arrow.
 
 python examples/plain.py            # a small character model of this file's neighbours; seconds on a CPU
 """
@@ -44,8 +44,8 @@ def main() -> None:
     optimizer = SophiaG(model.parameters(), lr=3e-3, betas=(0.9, 0.95), rho=0.05, weight_decay=0.1)
     for step in range(200):
         x, y = get_batch()
-        if step % 10 == 0:
-            uniforms = torch.rand(y.shape)  # <- a number in [0, 1) for each label
+        if step % 10 == 0:  # <- every k steps
+            uniforms = torch.rand(y.shape, device=y.device)  # <- a number in [0, 1) for each label
             sampled_label_loss(model(x), uniforms).backward()  # <- the loss on labels drawn from the model
             optimizer.update_hessian_from_grad(n_labels=y.numel())  # <- its gradient, squared, times n, into h
             optimizer.zero_grad()  # <-
