@@ -33,7 +33,7 @@ import hugging_face
 import metrics
 import mirrors
 import optimizers
-from config import Config, parse_command_line
+from config import Config
 from data.batches import (
     label_uniforms,
     mask_tokens,
@@ -46,6 +46,7 @@ from data.batches import (
 )
 from data.token_files import fingerprint, open_tokens, read_meta
 from errors import UserError, reason, run_main
+from experiment import parse_command_line
 from files import locked
 from model import GPT, flops_per_token, summed_loss
 from place import Place, agree, catch_signals, find_place, leave, start_process_group

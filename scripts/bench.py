@@ -40,9 +40,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import metrics
 import train
-from config import Config, ModelConfig, load_experiment
+from config import Config, ModelConfig
 from data.batches import read_windows, window_offsets
 from errors import Parser, UserError, number, reason, run_main
+from experiment import load_experiment
 from lion import Lion
 from model import GPT, activation_bytes, flops_per_token, num_parameters, summed_loss
 from optimizers import make_optimizer

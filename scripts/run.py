@@ -29,8 +29,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import refuse_other_run
-from config import KEYS, PAPER, Config, load_experiment, parse_command_line, read_grid, run_names, value_of
+from config import KEYS, Config, value_of
 from errors import Parser, UserError, number, run_main
+from experiment import PAPER, load_experiment, parse_command_line, read_grid, run_names
 from scripts.analysis import read_run
 
 ROOT = Path(__file__).resolve().parents[1]

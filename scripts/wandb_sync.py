@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from config import Config
 from errors import Parser, UserError, reason, run_main
-from metrics import read_metrics
+from metrics import read_environment, read_metrics
 from mirrors import finish_wandb, start_wandb, succeeds
 
 
@@ -40,7 +40,7 @@ def upload(folder: Path, mode: str) -> None:
         records = read_metrics(folder / "metrics.jsonl")
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{folder}: no run's folder ({reason(error)}); config.json, metrics.jsonl") from None
-    run = start_wandb(config, folder, config.model_dump(), records)
+    run = start_wandb(config, folder, config.model_dump() | {"environment": read_environment(folder)}, records)
     if run is None or not succeeds(lambda: finish_wandb(run, records)):
         raise UserError(f"{folder}: not uploaded, wandb failed; see its message above")
     if mode == "online" and run.offline:

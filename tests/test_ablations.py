@@ -12,7 +12,7 @@ import torch
 import train
 from ablations import SophiaAblation
 from adahessian import AdaHessian
-from config import load_experiment
+from experiment import load_experiment
 from optimizers import make_optimizer
 from sophia import SophiaG
 from tests.conftest import read_lines

@@ -15,8 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan
-from config import load_experiment
 from errors import UserError, run_main
+from experiment import load_experiment
 from metrics import to_line
 from model import GPT, summed_loss
 from scripts import analysis, compare, figures, hessian, toy

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from config import KEYS, load_experiment, parse_command_line, read_grid, run_names
+from config import KEYS
 from errors import UserError
+from experiment import load_experiment, parse_command_line, read_grid, run_names
 from tests.conftest import OPTIMIZERS, ROOT
 
 EXPERIMENTS = sorted((ROOT / "configs").glob("*.toml"))

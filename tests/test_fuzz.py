@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint
-from config import KEYS, Config, parse_command_line
+from config import KEYS, Config
 from data.token_files import open_tokens
 from errors import UserError
+from experiment import parse_command_line
 from metrics import read_metrics
 from tests.conftest import TINY
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from config import ModelConfig, load_experiment
+from config import ModelConfig
+from experiment import load_experiment
 from model import GPT, flops_per_token, num_parameters, summed_loss, weight_decay_groups
 from tests.conftest import ROOT
 from train import summed_sampled_loss

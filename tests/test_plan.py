@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from config import ModelConfig, load_experiment
+from config import ModelConfig
+from experiment import load_experiment
 from model import GPT, activation_bytes, hvp_bytes, summed_loss
 from plan import hessian_micro_batch_size
 from scripts.live_memory import PeakMemory

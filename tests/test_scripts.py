@@ -18,7 +18,8 @@ import psutil
 import pytest
 import torch
 
-from config import ModelConfig, load_experiment
+from config import ModelConfig
+from experiment import load_experiment
 from model import GPT, flops_per_token
 from scripts import analysis, sample
 from tests.conftest import OPTIMIZERS, ROOT, read_lines

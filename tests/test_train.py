@@ -16,7 +16,7 @@ import torch
 
 import checkpoint
 import train
-from config import load_experiment
+from experiment import load_experiment
 from tests.conftest import OPTIMIZERS, ROOT, read_lines
 
 Runner = Callable[..., None]
