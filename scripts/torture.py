@@ -37,6 +37,7 @@ import torch
 import checkpoint
 import files
 import metrics
+import step
 import train
 from errors import Parser, UserError, number, run_main
 
@@ -191,7 +192,7 @@ def write_half_a_line(log: metrics.RunLog, records: list[dict[str, Any]]) -> Non
 
 
 PLACES: dict[str, Callable[[int], None]] = {
-    "in a step": before(train, "accumulate_gradient"),
+    "in a step": before(step, "accumulate_gradient"),
     "in a validation": before(train, "validation_windows"),
     "in a checkpoint's bytes": before(checkpoint.torch, "save", write_half_a_checkpoint),
     "before a file gets its name": before(files.os, "replace"),

@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from config import ModelConfig
 from experiment import load_experiment
 from model import GPT, flops_per_token, num_parameters, summed_loss, weight_decay_groups
+from step import summed_sampled_loss
 from tests.conftest import ROOT
-from train import summed_sampled_loss
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=301)
 

@@ -11,8 +11,8 @@ from experiment import load_experiment
 from model import GPT, activation_bytes, hvp_bytes, summed_loss
 from plan import hessian_micro_batch_size
 from scripts.live_memory import PeakMemory
+from step import hutchinson_micro_batch, summed_sampled_loss
 from tests.conftest import ROOT
-from train import hutchinson_micro_batch, summed_sampled_loss
 
 SHAPE = ModelConfig(n_layer=12, n_head=12, n_embd=768)  # GPT-2 small
 

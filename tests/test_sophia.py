@@ -25,7 +25,7 @@ from sophia import (
     sample_labels,
     sampled_label_loss,
 )
-from train import hutchinson_micro_batch
+from step import hutchinson_micro_batch
 
 SHAPES = ((30, 5), (17,), (8, 4, 2))
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sophia
+import step
 import train
 from tests.conftest import OPTIMIZERS, ROOT, read_lines
 from tests.test_train import Runner
@@ -32,7 +33,7 @@ def test_compiled_training_follows_the_eager_losses_and_compiles_each_graph_once
 ) -> None:
     """Seven graphs: training, validation, the estimate, and for both parameter groups the step and h's average."""
     run_train(experiment, f"--run={run}", "--model.n_layer=1", f"--train.out_dir={tmp_path / 'eager'}")
-    for cached in (train.compiled, sophia._compiled):
+    for cached in (step.compiled, sophia._compiled):
         cached.cache_clear()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

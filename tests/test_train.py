@@ -16,7 +16,9 @@ import torch
 
 import checkpoint
 import train
+from data.batches import window_offsets
 from experiment import load_experiment
+from step import accumulate_gradient, hutchinson, learning_rate, summed_sampled_loss
 from tests.conftest import OPTIMIZERS, ROOT, read_lines
 
 Runner = Callable[..., None]
@@ -32,7 +34,7 @@ def torchrun(ranks: int, *arguments: object, script: str = "train.py") -> subpro
 
 def test_learning_rate_warms_up_and_decays_by_a_cosine(experiment: Path) -> None:
     config = load_experiment(experiment, "adamw", {"train.max_steps": "100", "train.warmup_steps": "10"})
-    rates = [train.learning_rate(config, step) / config.optimizer.lr for step in range(101)]
+    rates = [learning_rate(config, step) / config.optimizer.lr for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[9] == pytest.approx(10 / 11)
     assert rates[10] == 1
@@ -179,17 +181,15 @@ def test_all_optimizers_see_the_same_tokens_and_begin_with_the_same_weights(
 ) -> None:
     seen: dict[str, list[np.ndarray]] = {run: [] for run in OPTIMIZERS}
     for run in OPTIMIZERS:
-        original = train.accumulate_gradient
 
-        def record(this, criterion, batches, count, run=run, original=original):
+        def record(this, criterion, batches, count, run=run):
             batches = list(batches)
             if criterion is train.summed_loss:
                 seen[run] += [x.numpy().copy() for x, _ in batches]
-            return original(this, criterion, iter(batches), count)
+            return accumulate_gradient(this, criterion, iter(batches), count)
 
-        monkeypatch.setattr(train, "accumulate_gradient", record)
+        monkeypatch.setattr("step.accumulate_gradient", record)
         run_train(experiment, f"--run={run}", "--train.max_steps=4")
-        monkeypatch.setattr(train, "accumulate_gradient", original)
         assert len(seen[run]) == 4
         assert all((a == b).all() for a, b in zip(seen[run], seen["adamw"], strict=True))
     first = {run: (read_lines(tmp_path / "out/tiny" / run, "val_loss")[0]) for run in OPTIMIZERS}
@@ -209,7 +209,7 @@ def test_adamw_is_a_plain_pytorch_loop(experiment: Path, run_train: Runner, tmp_
     tokens = np.fromfile(Path(config.data.path) / "train.bin", "<u2").astype(np.int64)
     losses = []
     for step in range(12):
-        starts = train.window_offsets(config.train.seed, step, len(tokens), 16, 8)
+        starts = window_offsets(config.train.seed, step, len(tokens), 16, 8)
         x = torch.tensor(np.stack([tokens[i : i + 16] for i in starts]))
         y = torch.tensor(np.stack([tokens[i + 1 : i + 17] for i in starts]))
         loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -295,7 +295,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_older(
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], criterion: Callable, value: float) -> None:
     """Make the loss of these steps `value` times what it is: NaN, or infinite with a finite gradient."""
-    accumulate, make_step = train.accumulate_gradient, train.make_step
+    make_step = train.make_step
     current = [0]
 
     def remember(run: train.Run, step: int) -> dict:
@@ -303,7 +303,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], criterion: Callable
         return make_step(run, step)
 
     def poisoned(run: train.Run, asked: Callable, batches: Iterator, count: int) -> torch.Tensor:
-        loss = accumulate(run, asked, batches, count)
+        loss = accumulate_gradient(run, asked, batches, count)
         if asked is criterion and current[0] in steps:
             if math.isnan(value):
                 next(run.model.parameters()).grad.mul_(value)  # type: ignore[union-attr]
@@ -311,7 +311,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], criterion: Callable
         return loss
 
     monkeypatch.setattr(train, "make_step", remember)
-    monkeypatch.setattr(train, "accumulate_gradient", poisoned)
+    monkeypatch.setattr("step.accumulate_gradient", poisoned)
 
 
 @pytest.mark.parametrize("run", OPTIMIZERS)
@@ -379,16 +379,15 @@ def test_an_estimate_that_is_no_number_is_left_out(
     run: str, experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if run == "sophia-g":
-        poison(monkeypatch, {4}, train.summed_sampled_loss, math.nan)
+        poison(monkeypatch, {4}, summed_sampled_loss, math.nan)
     else:
-        estimate = train.hutchinson
 
         def poisoned(this: train.Run, batches: Iterator, count: int, step: int) -> dict:
-            estimates = estimate(this, batches, count, step)
+            estimates = hutchinson(this, batches, count, step)
             next(iter(estimates.values())).mul_(math.nan if step == 3 else 1)
             return estimates
 
-        monkeypatch.setattr(train, "hutchinson", poisoned)
+        monkeypatch.setattr("step.hutchinson", poisoned)
     run_train(experiment, f"--run={run}", "--train.checkpoint_interval=1", "--train.keep_checkpoints=12")
     three, four, seven = (checkpoint.load(checkpoint.path_of(tmp_path / "out/tiny" / run, s)) for s in (3, 4, 7))
     for index, state in three["optimizer"].items():
