@@ -63,9 +63,8 @@ def main() -> None:
 
 def report(meta: dict[str, Any], whole_hub: bool, out: Path) -> None:
     for split, facts in meta["splits"].items():
-        print(f"{split}: {facts['tokens']:,} tokens of {facts['documents']:,} documents")
-        if whole_hub:
-            print(f"{split}: nanoGPT's has {NANOGPT_TOKENS[split]:,}")
+        known = f"; nanoGPT's has {NANOGPT_TOKENS[split]:,}" if whole_hub else ""
+        print(f"{split}: {facts['tokens']:,} tokens of {facts['documents']:,} documents{known}")
     if whole_hub:
         print("A small difference from nanoGPT's counts is expected: it split the same documents in another order.")
     print(f"wrote {out}/train.bin, {out}/val.bin, {out}/meta.json")
