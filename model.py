@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import ModelConfig
+from runtime.config import ModelConfig
 
 # The embedding table gets rows up to a multiple of 64, so that its matrix products fall on tensor-core tiles
 # (50,257 becomes 50,304). The extra rows are never looked up and their logits are cut off before the softmax.

@@ -21,9 +21,6 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-import metrics
-import optimizers
-from config import Config
 from data.batches import (
     label_uniforms,
     mask_tokens,
@@ -34,8 +31,11 @@ from data.batches import (
     window_offsets,
 )
 from model import GPT, summed_loss
-from place import Place
-from plan import hessian_micro_batch_size
+from optimizers import build as optimizers
+from runtime import metrics
+from runtime.config import Config
+from runtime.distributed import Place
+from runtime.plan import hessian_micro_batch_size
 from sophia import hutchinson_estimate, sample_labels
 
 

@@ -23,20 +23,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import hugging_face
-import metrics
-import mirrors
-import optimizers
-from config import Config
 from data.batches import validation_windows
 from data.token_files import fingerprint, open_tokens, read_meta
-from errors import UserError, reason, run_main
-from experiment import parse_command_line
-from files import locked
 from model import GPT, flops_per_token, summed_loss
-from place import Place, agree, catch_signals, find_place, leave, start_process_group
-from plan import check_divisible, print_plan
+from optimizers import build as optimizers
+from runtime import checkpoint, hugging_face, metrics
+from runtime import trackers as mirrors
+from runtime.cli import UserError, reason, run_main
+from runtime.config import Config
+from runtime.distributed import Place, agree, catch_signals, find_place, leave, start_process_group
+from runtime.experiment import parse_command_line
+from runtime.files import locked
+from runtime.plan import check_divisible, print_plan
 from step import Run, autocast, make_step, to_device
 
 

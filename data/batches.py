@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import ModelConfig
 from data.token_files import refuse_beyond_vocabulary
+from runtime.config import ModelConfig
 
 # What a step's random numbers are for; each purpose has a stream of its own.
 WINDOWS, LABELS, PROBES, MASKS = range(4)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
+from runtime.cli import UserError
 
 # Files up to this size are searched for tokens beyond the vocabulary before training; larger ones as they are read.
 SCAN_TOKENS = 1_000_000_000

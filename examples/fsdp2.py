@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import ModelConfig
 from model import GPT, weight_decay_groups
+from runtime.config import ModelConfig
 from sophia import SophiaG, sampled_label_loss
 
 

@@ -25,10 +25,11 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import Parser, UserError, number, reason, run_main
-from files import whole_file
-from scripts import analysis, pictures
-from scripts.analysis import Group, Run
+from analysis import plots as pictures
+from analysis import runs as analysis
+from analysis.runs import Group, Run
+from runtime.cli import Parser, UserError, number, reason, run_main
+from runtime.files import whole_file
 
 
 def main() -> None:

@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from errors import Parser, UserError, number, reason, run_main
-from files import whole_file
-from scripts import pictures
+from analysis import plots as pictures
+from runtime.cli import Parser, UserError, number, reason, run_main
+from runtime.files import whole_file
 from scripts.compare import format_table
 
 FEW_SHOT = ("boolq", "cb", "copa", "sglue_rte")  # Figure 6 of the paper

@@ -17,13 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint
-from config import Config
-from data.tokenize import gpt2_files, load_tokenizer
-from errors import Parser, UserError, run_main
-from hugging_face import hugging_face_config, to_hugging_face
-from metrics import data_meta, read_environment, read_metrics, tokenizer_name
+from data.write_tokens import gpt2_files, load_tokenizer
 from model import num_parameters, padding_rows
+from runtime import checkpoint
+from runtime.cli import Parser, UserError, run_main
+from runtime.config import Config
+from runtime.hugging_face import hugging_face_config, to_hugging_face
+from runtime.metrics import data_meta, read_environment, read_metrics, tokenizer_name
 
 END_OF_TEXT = "<|endoftext|>"
 CARD = """---

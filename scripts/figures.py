@@ -22,11 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import KEYS, ModelConfig
-from errors import Parser, UserError, run_main
+from analysis import plots as pictures
+from analysis import runs as analysis
+from analysis.runs import Group, Run, value_of
 from model import num_parameters
-from scripts import analysis, pictures
-from scripts.analysis import Group, Run, value_of
+from runtime.cli import Parser, UserError, run_main
+from runtime.config import KEYS, ModelConfig
 from scripts.compare import format_table
 
 Rows = list[dict[str, str]]  # of a table: {column: text}

@@ -23,13 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint
-from config import ModelConfig
+from analysis import plots as pictures
 from data.batches import validation_windows
 from data.token_files import open_tokens
-from errors import Parser, number, run_main
 from model import GPT, summed_loss
-from scripts import pictures
+from runtime import checkpoint
+from runtime.cli import Parser, number, run_main
+from runtime.config import ModelConfig
 from scripts.compare import format_table
 from sophia import gnb_estimate, hutchinson_estimate, sampled_label_loss
 

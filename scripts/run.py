@@ -28,11 +28,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import refuse_other_run
-from config import KEYS, Config, value_of
-from errors import Parser, UserError, number, run_main
-from experiment import PAPER, load_experiment, parse_command_line, read_grid, run_names
-from scripts.analysis import read_run
+from analysis.runs import read_run
+from runtime.checkpoint import refuse_other_run
+from runtime.cli import Parser, UserError, number, run_main
+from runtime.config import KEYS, Config, value_of
+from runtime.experiment import PAPER, load_experiment, parse_command_line, read_grid, run_names
 
 ROOT = Path(__file__).resolve().parents[1]
 # How train.py ends after a signal to stop, by itself or at once: then the user wants all of it to stop.

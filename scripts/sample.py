@@ -17,11 +17,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint
-from data.tokenize import load_tokenizer
-from errors import Parser, UserError, number, run_main
-from metrics import tokenizer_name
+from data.write_tokens import load_tokenizer
 from model import GPT
+from runtime import checkpoint
+from runtime.cli import Parser, UserError, number, run_main
+from runtime.metrics import tokenizer_name
 
 
 def main() -> None:

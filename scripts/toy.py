@@ -18,8 +18,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import Parser, run_main
-from scripts import pictures
+from analysis import plots as pictures
+from runtime.cli import Parser, run_main
 from sophia import SophiaG
 
 START = (0.2, 0.0)  # L1 bends downwards there

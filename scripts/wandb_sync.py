@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import ValidationError
 
-from config import Config
-from errors import Parser, UserError, reason, run_main
-from metrics import read_environment, read_metrics
-from mirrors import finish_wandb, start_wandb, succeeds
+from runtime.cli import Parser, UserError, reason, run_main
+from runtime.config import Config
+from runtime.metrics import read_environment, read_metrics
+from runtime.trackers import finish_wandb, start_wandb, succeeds
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import train
-from config import ModelConfig
-from errors import run_main
 from model import GPT
+from runtime.cli import run_main
+from runtime.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")

@@ -9,7 +9,7 @@ import signal
 import torch
 
 import train
-from errors import run_main
+from runtime.cli import run_main
 
 make_step = train.make_step
 

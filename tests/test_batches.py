@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from config import ModelConfig
 from data.batches import (
     label_uniforms,
     mask_tokens,
@@ -19,7 +18,8 @@ from data.batches import (
     window_offsets,
 )
 from data.token_files import open_tokens
-from errors import UserError
+from runtime.cli import UserError
+from runtime.config import ModelConfig
 
 
 def write(folder: Path, tokens: object, split: str = "train") -> Path:

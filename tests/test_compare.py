@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
-from errors import UserError, run_main
-from experiment import load_experiment
-from metrics import to_line
+from analysis import runs as analysis
 from model import GPT, summed_loss
-from scripts import analysis, compare, figures, hessian, toy
+from runtime import plan
+from runtime.cli import UserError, run_main
+from runtime.experiment import load_experiment
+from runtime.metrics import to_line
+from scripts import compare, figures, hessian, toy
 from tests.conftest import TINY
 from tests.wandb_file import read_history
 

@@ -33,7 +33,7 @@ def test_an_optimizer_is_added_as_the_document_says(tmp_path: Path, tiny_data: P
     done = subprocess.run(["git", "apply", "radam.patch"], capture_output=True, text=True, cwd=copy)
     assert done.returncode == 0, done.stderr
     for lint in (["check"], ["format", "--check"]):  # test.sh still passes
-        command = [sys.executable, "-m", "ruff", *lint, "config.py", "optimizers.py"]
+        command = [sys.executable, "-m", "ruff", *lint, "runtime/config.py", "optimizers/build.py"]
         assert subprocess.run(command, cwd=copy).returncode == 0
     (copy / "configs/gpt2_30m.toml").write_text(TINY.format(data=tiny_data, out=tmp_path / "out"))
     (copy / "configs/radam.toml").write_text(block(text, "toml"))

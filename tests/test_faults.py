@@ -19,17 +19,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from errors import UserError
-from files import locked, whole_file
+from runtime import checkpoint
+from runtime.cli import UserError
+from runtime.files import locked, whole_file
 from tests.conftest import OPTIMIZERS, ROOT, read_lines
 from tests.test_train import Runner, refuse, torchrun
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_killed_at_random_places_nothing_is_lost(optimizer: str) -> None:
-    """The short form of scripts/torture.py, which checks losses, lines, checkpoints and weights."""
-    command = [sys.executable, str(ROOT / "scripts/torture.py"), "--kills", "6", "--optimizers", optimizer]
+    """The short form of tests/torture.py, which checks losses, lines, checkpoints and weights."""
+    command = [sys.executable, str(ROOT / "tests/torture.py"), "--kills", "6", "--optimizers", optimizer]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "6 kills" in done.stdout
@@ -40,7 +40,7 @@ def test_killed_at_random_places_nothing_is_lost(optimizer: str) -> None:
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_torture(ranks: str) -> None:
     kills = {"1": "50", "2": "10"}[ranks]
-    command = [sys.executable, str(ROOT / "scripts/torture.py"), "--kills", kills, "--ranks", ranks]
+    command = [sys.executable, str(ROOT / "tests/torture.py"), "--kills", kills, "--ranks", ranks]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("steps lost or doubled: 0") == 4
@@ -50,7 +50,7 @@ def test_torchrun_brings_a_killed_rank_back_by_itself(experiment: Path, run_trai
     """Rank 1 is killed in its 8th step, after the checkpoint of step 5; --max-restarts and --resume do the rest."""
     arguments = [str(experiment), "--run=lion", "--train.micro_batch_size=4"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command += ["--", str(ROOT / "scripts/torture.py"), "--child", "in a step", "8", "1", *arguments, "--resume"]
+    command += ["--", str(ROOT / "tests/torture.py"), "--child", "in a step", "8", "1", *arguments, "--resume"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     out = f"--train.out_dir={tmp_path / 'whole'}"

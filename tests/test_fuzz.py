@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from config import KEYS, Config
 from data.token_files import open_tokens
-from errors import UserError
-from experiment import parse_command_line
-from metrics import read_metrics
+from runtime import checkpoint
+from runtime.cli import UserError
+from runtime.config import KEYS, Config
+from runtime.experiment import parse_command_line
+from runtime.metrics import read_metrics
 from tests.conftest import TINY
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=200)

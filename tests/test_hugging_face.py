@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-import hugging_face
-from checkpoint import load_model
-from config import ModelConfig
-from data.tokenize import load_tokenizer
-from errors import UserError, run_main
+from data.write_tokens import load_tokenizer
 from model import GPT
+from runtime import hugging_face
+from runtime.checkpoint import load_model
+from runtime.cli import UserError, run_main
+from runtime.config import ModelConfig
 from scripts import evaluate, export_hf
 from tests.conftest import ROOT, read_lines
 from tests.test_scripts import byte_data

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lion import Lion
+from optimizers.lion import Lion
 from tests.test_sophia import follow, make_parameters
 
 

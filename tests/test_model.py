@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from config import ModelConfig
-from experiment import load_experiment
 from model import GPT, flops_per_token, num_parameters, summed_loss, weight_decay_groups
+from runtime.config import ModelConfig
+from runtime.experiment import load_experiment
 from step import summed_sampled_loss
 from tests.conftest import ROOT
 

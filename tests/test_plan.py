@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from config import ModelConfig
-from experiment import load_experiment
+from benchmarks.peak_memory import PeakMemory
 from model import GPT, activation_bytes, hvp_bytes, summed_loss
-from plan import hessian_micro_batch_size
-from scripts.live_memory import PeakMemory
+from runtime.config import ModelConfig
+from runtime.experiment import load_experiment
+from runtime.plan import hessian_micro_batch_size
 from step import hutchinson_micro_batch, summed_sampled_loss
 from tests.conftest import ROOT
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import run_main
+from runtime.cli import run_main
 from scripts import run
 from tests.conftest import OPTIMIZERS, read_lines
 

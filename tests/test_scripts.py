@@ -18,10 +18,11 @@ import psutil
 import pytest
 import torch
 
-from config import ModelConfig
-from experiment import load_experiment
+from analysis import runs as analysis
 from model import GPT, flops_per_token
-from scripts import analysis, sample
+from runtime.config import ModelConfig
+from runtime.experiment import load_experiment
+from scripts import sample
 from tests.conftest import OPTIMIZERS, ROOT, read_lines
 from tests.wandb_file import as_dict, read_history, read_records
 
@@ -45,7 +46,7 @@ SUBCOMMANDS = {
 }
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("scripts", "data/*")
+    for folder in ("scripts", "benchmarks", "data/*")
     for path in ROOT.glob(f"{folder}/*.py")
     if "Parser(" in path.read_text(encoding="utf-8")
 )
@@ -266,7 +267,7 @@ def test_wandb_is_not_imported_unless_it_is_used() -> None:
 
 
 def test_mfu_is_known_for_known_devices_alone() -> None:
-    from metrics import throughput, time_left
+    from runtime.metrics import throughput, time_left
 
     records = [{"step_ms": 500.0}, {"step_ms": 300.0, "hessian_ms": 200.0}]
     assert throughput(records, 1000, 1e12, torch.device("cpu"), 1) == {"tokens_per_second": 2000.0}

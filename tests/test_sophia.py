@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sophia
-from lion import Lion
 from model import GPT, summed_loss
+from optimizers.lion import Lion
 from sophia import (
     SophiaG,
     SophiaH,

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import train
 from data.batches import window_offsets
-from experiment import load_experiment
+from runtime import checkpoint
+from runtime.experiment import load_experiment
 from step import accumulate_gradient, hutchinson, learning_rate, summed_sampled_loss
 from tests.conftest import OPTIMIZERS, ROOT, read_lines
 

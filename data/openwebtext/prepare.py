@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.tokenize import write_dataset
-from errors import Parser, UserError, number, reason, run_main
+from data.write_tokens import write_dataset
+from runtime.cli import Parser, UserError, number, reason, run_main
 
 HUB_ID = "Skylion007/openwebtext"
 HUB_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"

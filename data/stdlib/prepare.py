@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.tokenize import write_dataset
-from errors import Parser, UserError, run_main
+from data.write_tokens import write_dataset
+from runtime.cli import Parser, UserError, run_main
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 

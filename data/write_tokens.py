@@ -30,8 +30,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.token_files import fingerprint, read_meta
-from errors import UserError, reason
-from files import locked, whole_file
+from runtime.cli import UserError, reason
+from runtime.files import locked, whole_file
 
 SPLITS = ("train", "val")
 DOCUMENTS_A_TASK = 256  # a worker's unit of work: some megabytes of text

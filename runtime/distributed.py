@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from config import Config
-from errors import UserError
+from runtime.cli import UserError
+from runtime.config import Config
 
 COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")  # torch.compile calls one, on GPUs too
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from config import KEYS
-from errors import UserError
-from experiment import load_experiment, parse_command_line, read_grid, run_names
+from runtime.cli import UserError
+from runtime.config import KEYS
+from runtime.experiment import load_experiment, parse_command_line, read_grid, run_names
 from tests.conftest import OPTIMIZERS, ROOT
 
 EXPERIMENTS = sorted((ROOT / "configs").glob("*.toml"))

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from ablations import SophiaAblation
-from adahessian import AdaHessian
-from config import Config
-from errors import UserError
-from lion import Lion
 from model import weight_decay_groups
+from optimizers.adahessian import AdaHessian
+from optimizers.lion import Lion
+from optimizers.sophia_ablation import SophiaAblation
+from runtime.cli import UserError
+from runtime.config import Config
 from sophia import Sophia, SophiaG, SophiaH
 
 CLASSES: dict[str, Any] = {

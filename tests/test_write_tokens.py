@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import tokenize
-from data.tokenize import load_tokenizer, validation_documents, write_dataset
-from errors import UserError
+from data import write_tokens as tokenize
+from data.write_tokens import load_tokenizer, validation_documents, write_dataset
+from runtime.cli import UserError
 from tests.conftest import ROOT
 
 CORPUS = ROOT.parent / "shared/corpus"

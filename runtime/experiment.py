@@ -17,8 +17,8 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from config import KEYS, SECTIONS, Config
-from errors import Parser, UserError, reason
+from runtime.cli import Parser, UserError, reason
+from runtime.config import KEYS, SECTIONS, Config
 
 TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a run's table; becomes a folder's name
 RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")  # one of its variations: adamw,lr=0.001,seed=2

@@ -22,19 +22,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
-import metrics
 import train
-from config import Config, ModelConfig
+from benchmarks import nanogpt_loop
+from benchmarks.nanogpt_loop import make_reference_step
+from benchmarks.peak_memory import PeakMemory
 from data.batches import read_windows, window_offsets
-from errors import UserError
-from experiment import load_experiment
-from lion import Lion
 from model import GPT, activation_bytes, flops_per_token, num_parameters, summed_loss
-from optimizers import make_optimizer
-from place import Place
-from scripts import nanogpt_recipe
-from scripts.live_memory import PeakMemory
-from scripts.nanogpt_recipe import make_reference_step
+from optimizers.build import make_optimizer
+from optimizers.lion import Lion
+from runtime import metrics
+from runtime.cli import UserError
+from runtime.config import Config, ModelConfig
+from runtime.distributed import Place
+from runtime.experiment import load_experiment
 from sophia import SophiaG
 from step import Run, make_step, to_device, update_hessian
 
@@ -271,7 +271,7 @@ def counted_memory(size: str) -> Iterator[Row]:
     tokens = shape.block_size
     n = num_parameters(shape)
     models: dict[str, Callable[[], Any]] = {
-        "reference": lambda: nanogpt_recipe.Model(shape),
+        "reference": lambda: nanogpt_loop.Model(shape),
         "train.py": lambda: GPT(shape),
         "train.py, loss_chunk 2048": lambda: GPT(shape, loss_chunk=2048),
     }
@@ -335,7 +335,7 @@ def prepare(pattern: str, datasets_python: str) -> Iterator[Row]:
         ours, theirs = Path(folder, "ours"), Path(folder, "theirs")
         commands = {
             ours: [sys.executable, str(ROOT / "data/openwebtext/prepare.py"), "--files", pattern, "--out", str(ours)],
-            theirs: [datasets_python, str(ROOT / "scripts/nanogpt_prepare.py"), str(theirs), cores, *paths],
+            theirs: [datasets_python, str(ROOT / "benchmarks/nanogpt_prepare.py"), str(theirs), cores, *paths],
         }
         seconds: dict[Path, list[float]] = {ours: [], theirs: []}
         for out in [ours, theirs] * 3:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from config import Config, ModelConfig, OptimizerConfig
-from errors import UserError
 from model import GPT, activation_bytes, flops_per_token, hvp_bytes, num_parameters
+from runtime.cli import UserError
+from runtime.config import Config, ModelConfig, OptimizerConfig
 
 # A parameter's probe, product and estimate in fp32, less the gradient that a training step would have.
 PROBE_BYTES = 8

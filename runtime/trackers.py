@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from config import Config
-from errors import UserError, reason
-from plan import step_flops
+from runtime.cli import UserError, reason
+from runtime.config import Config
+from runtime.plan import step_flops
 
 # What a validation loss is drawn against at wandb, besides the step. flops: of all steps so far, estimates counted.
 AXES = ("tokens", "seconds", "flops")
@@ -139,7 +139,7 @@ def upload_code(run: Any) -> None:
     """The files that git knows, as they are now, as an artifact of the run."""
     import wandb
 
-    root = Path(__file__).parent
+    root = Path(__file__).resolve().parents[1]
     listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True).stdout
     files = [name for name in listed.split("\0") if (root / name).is_file()]
     if not files:

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from config import Config
 from data.token_files import read_meta
-from errors import UserError
-from files import whole_file
-from mirrors import finish_wandb, for_wandb, start_tensorboard, start_wandb, succeeds, write_scalars
+from runtime.cli import UserError
+from runtime.config import Config
+from runtime.files import whole_file
+from runtime.trackers import finish_wandb, for_wandb, start_tensorboard, start_wandb, succeeds, write_scalars
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets; the first name that the device's contains counts.
 # A device that is not listed gets no MFU rather than a wrong one.
@@ -85,7 +85,7 @@ def throughput(
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """What a reader needs to repeat the run: commit, versions, device, command."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"

@@ -1,8 +1,8 @@
 """Kill training at random, again and again, and check that nothing is lost: the promise of a resume, under real faults.
 
-    python scripts/torture.py                         # 50 kills of each optimizer on one process
-    python scripts/torture.py --ranks 2 --kills 10    # one of torchrun's two ranks is killed
-    python scripts/torture.py --prepare 'DIR/*.txt'   # prepare.py killed 20 times on .parquet, .jsonl or .txt files
+    python tests/torture.py                         # 50 kills of each optimizer on one process
+    python tests/torture.py --ranks 2 --kills 10    # one of torchrun's two ranks is killed
+    python tests/torture.py --prepare 'DIR/*.txt'   # prepare.py killed 20 times on .parquet, .jsonl or .txt files
 
 Each life of a run is the same command with --resume, and ends in a SIGKILL: after a random time, or at a random one of
 the places below (inside a checkpoint's bytes, in a validation, in the middle of a metrics line, …). In the end every
@@ -34,12 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-import checkpoint
-import files
-import metrics
 import step
 import train
-from errors import Parser, UserError, number, run_main
+from runtime import checkpoint, files, metrics
+from runtime.cli import Parser, UserError, number, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from errors import UserError
+from runtime.cli import UserError
 
 UNFINISHED = ".tmp"
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import FREE_KEYS, KEYS, Config, value_of
 from data.token_files import fingerprint
-from errors import UserError, reason
-from files import whole_file
 from model import GPT
+from runtime.cli import UserError, reason
+from runtime.config import FREE_KEYS, KEYS, Config, value_of
+from runtime.files import whole_file
 
 CONTENT = {"step": int, "validated_step": int, "config": dict, "model": dict, "optimizer": dict, "fingerprints": dict}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis import Run, step_flops
+from analysis.runs import Run, step_flops
 
 # Colour-blind safe (Okabe and Ito, Tol), one colour an optimizer in all pictures of this repository.
 COLORS = {

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import ModelConfig
-from errors import UserError, reason
 from model import GPT
+from runtime.cli import UserError, reason
+from runtime.config import ModelConfig
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Our key of [model] → theirs in config.json, with GPT-2's own value where the file says nothing.

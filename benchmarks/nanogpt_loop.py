@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ModelConfig
+from runtime.config import ModelConfig
 
 
 class Block(nn.Module):

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import run_main
+from benchmarks import bench, nanogpt_loop, parts
 from model import num_parameters
-from scripts import bench, bench_parts, nanogpt_recipe
+from runtime.cli import run_main
 
 
 def test_bench_prints_a_table_and_writes_its_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(bench_parts, "SECONDS", 0.0)
+    monkeypatch.setattr(parts, "SECONDS", 0.0)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--parts", "data", "--json", str(tmp_path / "b/bench.json")])
     run_main(bench.main)
     written = json.loads((tmp_path / "b/bench.json").read_text())
@@ -71,23 +71,23 @@ def test_a_failure_loses_nothing_that_was_measured(
 
 def test_the_gpu_table_is_complete_with_a_stand_in_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's memory functions alone are replaced; the loops are real, eager, with the quickstart's shape."""
-    shape, configure = bench_parts.shape_of("quickstart"), bench_parts.configure
-    monkeypatch.setattr(bench_parts, "SECONDS", 0.0)
-    monkeypatch.setattr(bench_parts, "GPU_BATCH", 4)
-    monkeypatch.setattr(bench_parts, "shape_of", lambda _: shape)
-    monkeypatch.setattr(bench_parts, "configure", lambda _, *rest, **keys: configure("quickstart", *rest, **keys))
+    shape, configure = parts.shape_of("quickstart"), parts.configure
+    monkeypatch.setattr(parts, "SECONDS", 0.0)
+    monkeypatch.setattr(parts, "GPU_BATCH", 4)
+    monkeypatch.setattr(parts, "shape_of", lambda _: shape)
+    monkeypatch.setattr(parts, "configure", lambda _, *rest, **keys: configure("quickstart", *rest, **keys))
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**10)
-    rows = list(bench_parts.gpu_trainer("125m", [2, 4], bench.make_data(tmp_path), torch.device("cpu")))
+    rows = list(parts.gpu_trainer("125m", [2, 4], bench.make_data(tmp_path), torch.device("cpu")))
     assert [row.part for row in rows] == ["trainer"] * 6 + ["memory"] * 6
     assert rows[0].ratio == 1
     assert all(row.ratio is not None and row.ratio > 0 for row in rows)
 
 
 def test_the_reference_model_is_as_large_as_ours() -> None:
-    for size in bench_parts.SIZES:
+    for size in parts.SIZES:
         with torch.device("meta"):
-            reference = nanogpt_recipe.Model(bench_parts.shape_of(size))
-        assert sum(p.numel() for p in reference.parameters()) == num_parameters(bench_parts.shape_of(size))
+            reference = nanogpt_loop.Model(parts.shape_of(size))
+        assert sum(p.numel() for p in reference.parameters()) == num_parameters(parts.shape_of(size))

@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import plan
-from config import FREE_KEYS, KEYS, ModelConfig, OptimizerConfig, value_of
-from errors import UserError, reason
-from metrics import read_environment, read_metrics
+from runtime import plan
+from runtime.cli import UserError, reason
+from runtime.config import FREE_KEYS, KEYS, ModelConfig, OptimizerConfig, value_of
+from runtime.metrics import read_environment, read_metrics
 
 # Keys that decide a run's losses. A run may be resumed where its data have moved to, but another path is other data
 # until someone says otherwise; and how often a run is validated changes none of its losses.

@@ -1,13 +1,13 @@
 """Measure how fast each part is, side by side in one process, always as a ratio to something well known.
 
-    python scripts/bench.py                                    # a few minutes on two CPU cores, under ten on one GPU
-    python scripts/bench.py --parts trainer --sizes 355m       # a part of it
-    python scripts/bench.py --parts prepare --files 'books/*.parquet'
-    torchrun --standalone --nproc_per_node=2 -- scripts/bench.py --parts ddp
+    python benchmarks/bench.py                                    # a few minutes on two CPU cores, under ten on one GPU
+    python benchmarks/bench.py --parts trainer --sizes 355m       # a part of it
+    python benchmarks/bench.py --parts prepare --files 'books/*.parquet'
+    torchrun --standalone --nproc_per_node=2 -- benchmarks/bench.py --parts ddp
 
 Parts: optimizer (a step of AdamW, Lion, Sophia; the average of estimates), estimates (T(step), T(Hessian)), data,
 start, memory (counted, without a GPU), trainer (tokens/s and, on a GPU, memory, against the loop in
-nanogpt_recipe.py), prepare (with --files), ddp (under torchrun). Competitors take turns (but for the trainer on a
+nanogpt_loop.py), prepare (with --files), ddp (under torchrun). Competitors take turns (but for the trainer on a
 GPU), so that a machine whose speed drifts does not favour one; the median counts. A table goes to the screen, and
 device, versions, commit and all numbers to a JSON file. What was not measured is named, not guessed.
 """
@@ -31,11 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-import metrics
-from errors import Parser, UserError, number, reason, run_main
-from experiment import load_experiment
-from place import Place, find_place, leave, start_process_group
-from scripts.bench_parts import (
+from benchmarks.parts import (
     GPU_BATCH,
     SIZES,
     Row,
@@ -49,6 +45,10 @@ from scripts.bench_parts import (
     quickstart_trainer,
     start,
 )
+from runtime import metrics
+from runtime.cli import Parser, UserError, number, reason, run_main
+from runtime.distributed import Place, find_place, leave, start_process_group
+from runtime.experiment import load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 

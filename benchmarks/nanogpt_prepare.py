@@ -1,6 +1,6 @@
 """What bench.py measures prepare.py against: nanoGPT's way, datasets.map to lists and a memory map filled from them.
 
-python scripts/nanogpt_prepare.py OUT PROCESSES FILE.parquet …      # needs `datasets`
+python benchmarks/nanogpt_prepare.py OUT PROCESSES FILE.parquet …      # needs `datasets`
 """
 
 import os

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import train
-from ablations import SophiaAblation
-from adahessian import AdaHessian
-from experiment import load_experiment
-from optimizers import make_optimizer
+from optimizers.adahessian import AdaHessian
+from optimizers.build import make_optimizer
+from optimizers.sophia_ablation import SophiaAblation
+from runtime.experiment import load_experiment
 from sophia import SophiaG
 from tests.conftest import read_lines
 from tests.test_train import Runner

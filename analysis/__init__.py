@@ -1,0 +1,1 @@
+"""Reading finished runs, and statistics, tables and plots of them."""

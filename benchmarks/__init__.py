@@ -1,0 +1,1 @@
+"""Speed measurements against known references."""

@@ -1,0 +1,1 @@
+"""Token files: written by the prepare scripts, read in batches by the trainer."""

@@ -1,0 +1,1 @@
+"""Lion, AdaHessian, Sophia's ablations, and how a config becomes an optimizer."""

@@ -1,0 +1,1 @@
+"""What surrounds training: configs, command line, ranks, checkpoints, logs."""
