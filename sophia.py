@@ -1,25 +1,28 @@
-r"""Sophia (Liu, Li, Hall, Liang, Ma; arXiv 2305.14342): the optimizer and its two estimators of the Hessian diagonal.
+r"""Sophia (Liu, Li, Hall, Liang, Ma; arXiv 2305.14342) and its estimators of the Hessian diagonal.
 
-Needs torch alone; copy this file into any project. Every :math:`k` steps, before the step, hand an estimate over::
+This file needs only torch; copy it into any project. Every :math:`k` steps, before the step, pass
+an estimate to the optimizer::
 
     optimizer = SophiaG(model.parameters(), lr=6e-4)
     for step, (x, y) in enumerate(loader):
         if step % 10 == 0:                                           # k = 10
-            sampled_label_loss(model(x), torch.rand(y.shape, device=y.device)).backward()
+            uniforms = torch.rand(y.shape, device=y.device)
+            sampled_label_loss(model(x), uniforms).backward()
             optimizer.update_hessian_from_grad(n_labels=y.numel())
             optimizer.zero_grad()
         F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-Units. With :math:`h` the moving average of the diagonal of the Hessian **of the mean loss**, a step is
+Units. With :math:`h` the moving average of the Hessian diagonal **of the mean loss**, a step is
 
 .. math::
     \theta \leftarrow \theta (1 - \eta \lambda), \qquad
     \theta \leftarrow \theta - \eta \, \mathrm{clip}(m / \max(\rho h, \epsilon), 1)
 
-as in the later version of the paper (Algorithm 3, there with :math:`\gamma` for :math:`\rho`). No entry ever moves by
-more than :math:`\eta`, besides the decay. For other parameterisations see :func:`convert_rho`.
+as in the later version of the paper (Algorithm 3, where :math:`\rho` is called :math:`\gamma`).
+Apart from weight decay, no entry ever moves by more than :math:`\eta`. See :func:`convert_rho` for
+other parameterizations.
 """
 
 from __future__ import annotations
@@ -35,26 +38,29 @@ from torch.optim import Optimizer
 
 
 class Sophia(Optimizer):
-    """The update that SophiaG and SophiaH share: sign-momentum, tempered where the curvature is large.
+    """Implements the update that SophiaG and SophiaH share.
 
-    Until the first :meth:`update_hessian` h is 0 and the update is the sign of the momentum (times lr). Neither m nor h
-    is bias-corrected, as in the paper. Negative estimates stay in the average and meet ``max(rho * h, eps)`` at use.
+    It is signed momentum, with smaller steps where the curvature is large. Until the first
+    :meth:`update_hessian`, h is 0 and the update is lr times the sign of the momentum. As in the
+    paper, neither m nor h is bias-corrected. Negative estimates stay in the average; only
+    ``max(rho * h, eps)`` is used.
 
-    Where the attribute ``found_inf`` is set to a 0-dim tensor of 1 (as torch.amp does for fused optimizers), a step
-    changes nothing at all, whatever is in the gradients; nothing waits for the device to know.
+    If the attribute ``found_inf`` is set to a 0-dim tensor of 1, as torch.amp does for fused
+    optimizers, a step changes nothing, whatever the gradients contain. No host sync is needed.
 
     Args:
         params: parameters, or dicts of parameter groups.
-        lr: learning rate, the most that an entry moves in a step. A number, or a 0-dim CPU tensor.
-        betas: decay of the momentum m, and of the estimate h (a decay for each *estimate*, not for each step).
-        rho: an entry moves by less than lr where ``abs(m) < rho * h``.
-        eps: floor of ``rho * h``.
-        weight_decay: decoupled, multiplied by lr.
-        foreach: use the multi-tensor path. Default: where all parameters are on CUDA.
-        fused: compile the multi-tensor path into one sweep over memory (torch.compile; lr never recompiles it).
+        lr: learning rate, the largest change of an entry per step. A number, or a 0-dim CPU tensor.
+        betas: decay of the momentum m, and of the average h (per *estimate*, not per step).
+        rho: entries with ``abs(m) < rho * h`` move by less than lr.
+        eps: lower bound of ``rho * h``.
+        weight_decay: decoupled weight decay, multiplied by lr.
+        foreach: use the multi-tensor path. Default: if all parameters are on CUDA.
+        fused: compile the multi-tensor path with torch.compile into one pass over memory. A new lr
+            does not recompile it.
 
     Raises:
-        ValueError: for a hyperparameter out of its range.
+        ValueError: if a hyperparameter is out of its range.
     """
 
     def __init__(
@@ -84,44 +90,78 @@ class Sophia(Optimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         if fused and foreach is False:
             raise ValueError("fused compiles the multi-tensor path: leave foreach unset")
-        defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"foreach": foreach, "fused": fused})
+
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
 
     @torch.no_grad()
-    def update_hessian(self, estimates: Mapping[Any, Tensor], found_inf: Tensor | None = None) -> None:
-        """h ← β₂ h + (1 − β₂) ĥ for each ``{parameter: ĥ}``, ĥ being in units of the mean loss (Algorithm 3).
+    def update_hessian(
+        self, estimates: Mapping[Any, Tensor], found_inf: Tensor | None = None
+    ) -> None:
+        """Average new estimates of the Hessian diagonal: h ← β₂ h + (1 − β₂) ĥ (Algorithm 3).
 
-        Call it before :meth:`step`, with an estimate at the current parameters; a parameter left out keeps its h, and
-        all do where `found_inf` is a 0-dim tensor of 1.
+        Call it before :meth:`step`, with estimates at the current parameters.
+
+        Args:
+            estimates: ``{parameter: ĥ}``, with ĥ of the parameter's shape and in units of the mean
+                loss. Parameters that are missing keep their h.
+            found_inf: 0-dim tensor; if it is 1, every h stays as it is.
 
         Raises:
-            ValueError: for a parameter that this optimizer does not have.
+            ValueError: if an estimate belongs to a tensor that is not a parameter of this
+                optimizer.
         """
-        if not {p for group in self.param_groups for p in group["params"]}.issuperset(estimates):
-            raise ValueError("estimates has a tensor that is no parameter of this optimizer")
+        own = {p for group in self.param_groups for p in group["params"]}
+        if not own.issuperset(estimates):
+            raise ValueError("estimates contains a tensor that this optimizer does not update")
+
         for group in self.param_groups:
             params = [p for p in group["params"] if p in estimates]
-            if params:
-                hessians = [self._state(p)["hessian"] for p in params]
-                values = [estimates[p].to(h.dtype) for p, h in zip(params, hessians, strict=True)]
-                average = _compiled(_average) if group["fused"] else _average
-                average(hessians, values, 1 - group["betas"][1], found_inf)
+            if not params:
+                continue
+            hessians = [self._state(p)["hessian"] for p in params]
+            values = [estimates[p].to(h.dtype) for p, h in zip(params, hessians, strict=True)]
+            average = _compiled(_average) if group["fused"] else _average
+            average(hessians, values, 1 - group["betas"][1], found_inf)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters that have a gradient. `closure` re-evaluates the model and returns the loss."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("Sophia does not support sparse gradients")
-            foreach = all(p.is_cuda for p in params) if group["foreach"] is None else group["foreach"]
-            update = _fused if group["fused"] else _multi_tensor if foreach else _single_tensor
+
+            foreach = group["foreach"]
+            if foreach is None:
+                foreach = all(p.is_cuda for p in params)
+            update = _single_tensor
+            if group["fused"]:
+                update = _fused
+            elif foreach:
+                update = _multi_tensor
+
             update(
                 params,
                 [p.grad for p in params],
@@ -138,26 +178,37 @@ class Sophia(Optimizer):
 
     @torch.no_grad()
     def statistics(self) -> dict[str, Tensor]:
-        """How the last step went, as 0-dim tensors on the device, so that asking does not wait for it.
+        """Return sums over all entries, which can be added up over ranks. No host sync.
 
-        * unclipped: share of the entries with ``abs(m) < max(rho * h, eps)``, those that Sophia tempers
-        * hessian_norm: Euclidean norm of h
-        * hessian_negative: share of the entries with h < 0 (Hutchinson's estimates have a sign)
+        Returns:
+            0-dim tensors:
+
+            * entries: number of entries that have a state
+            * unclipped: entries with ``abs(m) < max(rho * h, eps)``, which move by less than lr
+            * negative: entries with h < 0 (Hutchinson's estimates can be negative)
+            * hessian_squares: sum of the squares of h
         """
-        unclipped, negative, squares, count = [], [], [], 0
+        entries = 0
+        unclipped, negative, squares = [], [], []
         for group in self.param_groups:
-            for state in (self.state[p] for p in group["params"] if p in self.state):
-                m, h = state["exp_avg"], state["hessian"]
-                unclipped.append((m.abs() < (group["rho"] * h).clamp_(min=group["eps"])).sum())
+            for p in group["params"]:
+                if p not in self.state:
+                    continue
+                m, h = self.state[p]["exp_avg"], self.state[p]["hessian"]
+                bound = (group["rho"] * h).clamp_(min=group["eps"])
+                entries += h.numel()
+                unclipped.append((m.abs() < bound).sum())
                 negative.append((h < 0).sum())
                 squares.append(h.square().sum())
-                count += h.numel()
-        if not count:
-            raise RuntimeError("statistics: no step was made yet")
+
+        def total(sums: list[Tensor]) -> Tensor:
+            return torch.stack(sums).sum() if sums else torch.tensor(0.0)
+
         return {
-            "unclipped": torch.stack(unclipped).sum() / count,
-            "hessian_norm": torch.stack(squares).sum().sqrt(),
-            "hessian_negative": torch.stack(negative).sum() / count,
+            "entries": torch.tensor(entries),
+            "unclipped": total(unclipped),
+            "negative": total(negative),
+            "hessian_squares": total(squares),
         }
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
@@ -169,7 +220,10 @@ class Sophia(Optimizer):
 
 
 class SophiaG(Sophia):
-    """Sophia for Gauss-Newton-Bartlett estimates (:func:`gnb_estimate`). Defaults: the paper's GPT-2 settings."""
+    """Implements Sophia for Gauss-Newton-Bartlett estimates (:func:`gnb_estimate`).
+
+    The defaults are the paper's settings for GPT-2. See :class:`Sophia` for the arguments.
+    """
 
     def __init__(
         self,
@@ -185,20 +239,31 @@ class SophiaG(Sophia):
 
     @torch.no_grad()
     def update_hessian_from_grad(self, n_labels: int, found_inf: Tensor | None = None) -> None:
-        """``update_hessian(gnb_estimate(params, n_labels), found_inf)``, without a second copy of the gradient.
+        """Average the estimate that the gradients in ``.grad`` make: n ĝ ⊙ ĝ.
 
-        With ``fused`` it is one sweep over memory: ĝ and h are read, h is written, 12 bytes a parameter in fp32.
+        The same as ``update_hessian(gnb_estimate(params, n_labels), found_inf)``, but without
+        storing the estimate. With ``fused`` it is one pass over memory that reads ĝ and h and
+        writes h, 12 bytes per parameter in fp32.
+
+        Args:
+            n_labels: see :func:`gnb_estimate`.
+            found_inf: 0-dim tensor; if it is 1, every h stays as it is.
         """
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                hessians = [self._state(p)["hessian"] for p in params]
-                average = _compiled(_average_squares) if group["fused"] else _average_squares
-                average(hessians, [p.grad for p in params], n_labels, 1 - group["betas"][1], found_inf)
+            if not params:
+                continue
+            hessians = [self._state(p)["hessian"] for p in params]
+            grads = [p.grad for p in params]
+            average = _compiled(_average_squares) if group["fused"] else _average_squares
+            average(hessians, grads, n_labels, 1 - group["betas"][1], found_inf)
 
 
 class SophiaH(Sophia):
-    """Sophia for Hutchinson estimates (:func:`hutchinson_estimate`). Defaults: the paper's GPT-2 settings."""
+    """Implements Sophia for Hutchinson estimates (:func:`hutchinson_estimate`).
+
+    The defaults are the paper's settings for GPT-2. See :class:`Sophia` for the arguments.
+    """
 
     def __init__(
         self,
@@ -211,6 +276,10 @@ class SophiaH(Sophia):
         **options: Any,
     ) -> None:
         super().__init__(params, lr, betas, rho, eps, weight_decay, **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# The update
 
 
 def _single_tensor(
@@ -226,9 +295,10 @@ def _single_tensor(
     weight_decay: float,
     found_inf: Tensor | None,
 ) -> None:
-    """The algorithm as one reads it; the other paths are tested against this one."""
+    """Apply the update tensor by tensor. The reference: the other paths are tested against it."""
     if found_inf is not None:
         lr, grads = _skip(found_inf, lr, grads, exp_avgs)
+
     for theta, g, m, h in zip(params, grads, exp_avgs, hessians, strict=True):
         theta.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
@@ -249,40 +319,59 @@ def _multi_tensor(
     weight_decay: float,
     found_inf: Tensor | None,
 ) -> None:
-    """The same for all tensors at once, one kernel launch an operation."""
+    """Apply the update to all tensors at once, with one kernel launch per operation."""
     if found_inf is not None:
         lr, grads = _skip(found_inf, lr, grads, exp_avgs)
+
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+
     bounds = torch._foreach_mul(hessians, rho)
     torch._foreach_clamp_min_(bounds, eps)
     updates = torch._foreach_div(exp_avgs, bounds)
     torch._foreach_clamp_min_(updates, -1)
     torch._foreach_clamp_max_(updates, 1)
+
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)
+
+
+def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
+    """Apply the update in one compiled pass.
+
+    lr is passed as a tensor: a Python number would be a constant, and every new one a
+    recompilation.
+    """
+    _compiled(_multi_tensor)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
 
 
 def _skip(
     found_inf: Tensor, lr: float | Tensor, grads: list[Tensor], exp_avgs: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """lr and gradients with which a step changes nothing if found_inf is 1: lr 0, and m averaged with itself."""
+    """Return an lr and gradients with which a step changes nothing if found_inf is 1.
+
+    The lr is then 0, and the momentum is averaged with itself.
+    """
     lr = lr * (1 - found_inf.to(grads[0].dtype))
-    return lr, [torch.where(found_inf.bool(), m, g) for g, m in zip(grads, exp_avgs, strict=True)]
+    skip = found_inf.bool()
+    return lr, [torch.where(skip, m, g) for g, m in zip(grads, exp_avgs, strict=True)]
 
 
-def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
-    """The same compiled. lr goes in as a tensor, because a new number would be a new constant and a recompilation."""
-    _compiled(_multi_tensor)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
-
-
-def _average(hessians: list[Tensor], estimates: list[Tensor], weight: float, found_inf: Tensor | None) -> None:
+def _average(
+    hessians: list[Tensor], estimates: list[Tensor], weight: float, found_inf: Tensor | None
+) -> None:
     for h, estimate in zip(hessians, estimates, strict=True):
-        h.lerp_(estimate if found_inf is None else torch.where(found_inf.bool(), h, estimate), weight)
+        if found_inf is not None:
+            estimate = torch.where(found_inf.bool(), h, estimate)
+        h.lerp_(estimate, weight)
 
 
 def _average_squares(
-    hessians: list[Tensor], grads: list[Tensor], n_labels: int, weight: float, found_inf: Tensor | None
+    hessians: list[Tensor],
+    grads: list[Tensor],
+    n_labels: int,
+    weight: float,
+    found_inf: Tensor | None,
 ) -> None:
     for h, g in zip(hessians, grads, strict=True):
         _average([h], [g.to(h.dtype).square().mul_(n_labels)], weight, found_inf)
@@ -293,54 +382,78 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def sampled_label_loss(logits: Tensor, uniforms: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross entropy of labels drawn from the model itself: the loss that Gauss-Newton-Bartlett differentiates.
+# ------------------------------------------------------------------------------------------------
+# Gauss-Newton-Bartlett
 
-    Algorithm 2: each ŷ ~ softmax(logits), each independent of the others. In fp32 (or better) whatever
-    the logits' type, since a softmax over 50,000 classes in bfloat16 draws the wrong labels.
+
+def sampled_label_loss(logits: Tensor, uniforms: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross entropy of labels sampled from the model, which Gauss-Newton-Bartlett needs.
+
+    Algorithm 2: each ŷ ~ softmax(logits), independently of the others. Computed in fp32 or better
+    whatever the type of the logits, because a softmax over 50,000 classes in bfloat16 samples the
+    wrong labels.
 
     Args:
-        logits: (..., V) over the real classes alone; cut padding off before.
-        uniforms: (...) numbers in [0, 1), one a label. They decide the draw, so whoever makes them decides what it
-            depends on: made from (seed, step), the labels are the same for any micro-batch and number of ranks.
+        logits: (..., V) over the real classes; cut off padding first.
+        uniforms: (...) numbers in [0, 1), one per label, that decide which label is drawn. A
+            negative number leaves its token out. If they are a function of (seed, step), the labels
+            do not depend on the micro-batch size or the number of ranks.
         reduction: "mean" over the labels, or "sum".
     """
-    labels = sample_labels(logits.detach(), uniforms)
-    return F.cross_entropy(_at_least_fp32(logits).flatten(0, -2), labels.flatten(), reduction=reduction)
+    labels = sample_labels(logits.detach(), uniforms).masked_fill(uniforms < 0, -1)
+    logits = _at_least_fp32(logits).flatten(0, -2)
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=-1, reduction=reduction)
 
 
 @torch.no_grad()
 def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Labels (...) drawn from softmax(logits) (..., V) by inverting its cumulative distribution at `uniforms` (...)."""
+    """Draw labels (...) from softmax(logits), by inverting its cumulative distribution.
+
+    Args:
+        logits: (..., V).
+        uniforms: (...) numbers in [0, 1) at which the distribution is inverted.
+    """
     rows, u = logits.flatten(0, -2), uniforms.flatten()
-    if torch.compiler.is_compiling():  # the compiler's sums need no copy of the logits
+    if torch.compiler.is_compiling():  # the compiler fuses the sums and copies no logits
         return _sample_rows(rows, u).view(uniforms.shape)
-    # Eager operations would each make one, in fp32: 1,024 rows at a time.
+
+    # Each eager operation copies its rows in fp32, so take 1,024 of them at a time.
     pieces = zip(rows.split(1024), u.split(1024), strict=True)
     return torch.cat([_sample_rows(*piece) for piece in pieces]).view(uniforms.shape)
 
 
 def _sample_rows(logits: Tensor, u: Tensor, block: int = 256) -> Tensor:
-    """Labels (N,) for logits (N, V) in two stages, so that the V probabilities are never written down, only summed.
+    """Draw labels (N,) for logits (N, V) in two stages: first a block of classes, then one of them.
 
-    u first falls into one of the blocks of 256 classes, and what is left of it then into a class of that block.
+    So the V probabilities of a row are only summed, and never stored.
     """
     N, V = logits.shape
     peak = _at_least_fp32(logits.amax(-1, keepdim=True))
+
+    # Which block of 256 classes does u fall into, and where in it?
     n_blocks = -(-V // block)
     padded = F.pad(logits, (0, n_blocks * block - V), value=-torch.inf).view(N, n_blocks, block)
-    cumulative = (_at_least_fp32(padded) - peak.unsqueeze(-1)).exp().sum(-1).cumsum(-1)  # (N, n_blocks)
+    weights = (_at_least_fp32(padded) - peak.unsqueeze(-1)).exp()
+    cumulative = weights.sum(-1).cumsum(-1)  # (N, n_blocks)
     chosen, u = _invert(cumulative, u.to(cumulative.dtype).unsqueeze(-1))
+
+    # Which class of that block?
     classes = chosen * block + torch.arange(block, device=logits.device)  # (N, block)
     inside = _at_least_fp32(logits.gather(-1, classes.clamp(max=V - 1))) - peak
     cumulative = inside.exp().masked_fill(classes >= V, 0).cumsum(-1)  # (N, block)
-    # Logits that are no numbers leave no order to search in; any label will do then, but it must be one.
-    return (chosen * block + _invert(cumulative, u)[0]).squeeze(-1).clamp(max=V - 1)
+    index, _ = _invert(cumulative, u)
+
+    # NaN logits have no order to search in. Any label will do then, but it must be a valid one.
+    return (chosen * block + index).squeeze(-1).clamp(max=V - 1)
 
 
 def _invert(cumulative: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Into which part of cumulative (N, parts) u (N, 1) falls, and how far into it; u and the answer in [0, 1)."""
-    # Relative to the last entry, which rounding leaves near the true sum: so no draw falls beyond the last part.
+    """Return the part of `cumulative` (N, parts) that u (N, 1) falls into, and how far into it.
+
+    Both u and the second result are in [0, 1).
+    """
+    # Scaled by the last entry, which rounding leaves slightly off the true sum, so that no draw
+    # falls beyond the last part.
     u = u * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, u, right=True).clamp(max=cumulative.shape[-1] - 1)
     upper = cumulative.gather(-1, index)
@@ -350,30 +463,43 @@ def _invert(cumulative: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def gnb_estimate(params: Iterable[Tensor], n_labels: int) -> dict[Tensor, Tensor]:
-    r"""Gauss-Newton-Bartlett: n ĝ ⊙ ĝ, unbiased for the diagonal of the mean loss's Gauss-Newton matrix (Algorithm 2).
+    r"""Return the Gauss-Newton-Bartlett estimate, n ĝ ⊙ ĝ, from the gradients in ``.grad``.
 
-    ĝ is read from ``.grad``: the gradient of :func:`sampled_label_loss`, averaged over everything it was computed on
-    (micro-batches, ranks), and not clipped. Averaging divides the variance of ĝ by n, hence the factor.
+    It is unbiased for the diagonal of the Gauss-Newton matrix of the mean loss (Algorithm 2), if ĝ
+    is the gradient of :func:`sampled_label_loss`, averaged over everything it was computed on
+    (micro-batches, ranks) and not clipped. Averaging divides the variance of ĝ by n, hence the
+    factor.
 
     Args:
-        params: parameters; one without a gradient is left out.
-        n_labels: how many labels ĝ is the mean over: for language models the *tokens* of all micro-batches and ranks.
+        params: parameters; those without a gradient are left out.
+        n_labels: the number of labels that ĝ is the mean over. For language models: the *tokens*
+            of all micro-batches and ranks.
     """
     return {p: p.grad.square().mul_(n_labels) for p in params if p.grad is not None}
 
 
-def hutchinson_estimate(
-    loss: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], probes: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    r"""Hutchinson: u ⊙ ∇²L u, unbiased for the diagonal of the Hessian of L (Algorithm 1). Entries can be negative.
+# ------------------------------------------------------------------------------------------------
+# Hutchinson
 
-    A true Hessian-vector product, forward over reverse: the derivative of the gradient in the direction u. It leaves
-    every ``.grad`` alone. The mean over micro-batches and ranks is the estimate for the whole batch if all of them
-    use the same u. Attention must run without a fused kernel (``sdpa_kernel(SDPBackend.MATH)``): those have no second
-    derivative. It can be compiled, by torch.compile around a function that calls this one.
+
+def hutchinson_estimate(
+    loss: Callable[[dict[str, Tensor]], Tensor],
+    params: dict[str, Tensor],
+    probes: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    r"""Return Hutchinson's estimate, u ⊙ ∇²L u, which can be negative.
+
+    It is unbiased for the diagonal of the Hessian of L (Algorithm 1). The Hessian-vector product
+    is exact: the derivative of the gradient in the direction u (forward over reverse). It does not
+    touch ``.grad``. If all micro-batches and ranks use the same u, the mean of their estimates is
+    the estimate for the whole batch.
+
+    Attention must not use a fused kernel, because those have no second derivative: call this under
+    ``sdpa_kernel(SDPBackend.MATH)``. To compile it, apply torch.compile to a function around it.
 
     Args:
-        loss: the mean loss as a function of the parameters, e.g. with :func:`torch.func.functional_call`.
+        loss: the mean loss as a function of the parameters, for example with
+            :func:`torch.func.functional_call`.
         params: ``dict(model.named_parameters())``, detached.
         probes: u for each of them, from N(0, 1).
     """
@@ -381,13 +507,20 @@ def hutchinson_estimate(
     return {name: probes[name] * products[name] for name in params}
 
 
-def convert_rho(rho: float, *, counted: int, labels: int) -> float:
-    """This file's rho for one of a parameterisation that counts another factor B into h.
+# ------------------------------------------------------------------------------------------------
+# Units
 
-    Here h has the factor `labels`, the number that the estimate really saw. The released code clips
-    ``abs(m) / (rho * bs * EMA(ĝ²))``: its h has the factor `counted` = bs, typed in by the user. Version 1 of the paper
-    counts B in sequences (its Sophia-G has rho = 20), and writes lr = rho · η. Example: the released 125M settings,
-    rho 0.05, bs 480 × 1024, estimated on 480 × 1024 tokens, are rho 0.05 here. Swap the two counts for the way back.
+
+def convert_rho(rho: float, *, counted: int, labels: int) -> float:
+    """Return this file's rho for a rho of a parameterization that counts another factor into h.
+
+    Here h has the factor `labels`, the number of labels that the estimate has really seen. The
+    released code clips ``abs(m) / (rho * bs * EMA(ĝ²))``, so its h has the factor `counted` = bs,
+    which the user passes. Version 1 of the paper counts sequences (its Sophia-G has rho = 20) and
+    writes lr = rho · η. Swap the two counts for the way back.
+
+    Example: the released settings for 125M, rho 0.05 and bs 480 × 1024, estimated on 480 × 1024
+    tokens, are rho 0.05 here.
     """
     return rho * counted / labels
 

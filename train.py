@@ -1,18 +1,21 @@
-"""Train GPT-2 with AdamW, Lion, Sophia-G, Sophia-H or another. Whatever is not the optimizer is shared by all of them.
+"""Train GPT-2 with AdamW, Lion, Sophia or another optimizer; everything else is shared.
 
     python train.py configs/quickstart.toml --run=sophia-g
     torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -- train.py …
 
-Read it from top to bottom; functions stand in the order in which they are called. Here is a run from its first to its
-last step: built or restored, logged, validated, saved. What a step does is in step.py.
+Functions are in the order in which they are called. Update number 1, 2, … is made from batch number
+0, 1, …, and a batch is a function of (seed, step); see data/batches.py.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +23,53 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from data.batches import validation_windows
-from data.token_files import fingerprint, open_tokens, read_meta
-from model import GPT, flops_per_token, summed_loss
-from optimizers import build as optimizers
-from runtime import checkpoint, hugging_face, metrics
-from runtime import trackers as mirrors
+from data import batches
+from data.token_files import fingerprints, open_tokens, read_meta
+from model import GPT, summed_loss
+from optimizers import state
+from optimizers.adahessian import random_signs
+from optimizers.build import make_optimizer
+from runtime import checkpoint, distributed, hugging_face, plan, trackers
+from runtime.arguments import parse_command_line
 from runtime.cli import UserError, reason, run_main
 from runtime.config import Config
-from runtime.distributed import Place, agree, catch_signals, find_place, leave, start_process_group
-from runtime.experiment import parse_command_line
+from runtime.distributed import Ranks
 from runtime.files import locked
-from runtime.plan import check_divisible, print_plan
-from step import Run, autocast, make_step, to_device
+from runtime.metrics import RunLog
+from runtime.run_folder import describe_environment
+from sophia import hutchinson_estimate, sampled_label_loss
+
+MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs and labels, each (B, T)
+Records = list[dict[str, Any]]  # one per step
+summed_sampled_loss = functools.partial(sampled_label_loss, reduction="sum")
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    config: Config
+    ranks: Ranks
+    device: torch.device
+    tokens: dict[str, np.ndarray]  # "train" and "val"
+    model: GPT
+    forward: nn.Module  # the model, compiled if asked; shares its parameters
+    parallel: nn.Module  # forward, averaging gradients over the ranks if there are several
+    optimizer: Any  # an Optimizer, or something with the same methods (optimizers/build.py)
+    scaler: torch.amp.GradScaler  # enabled for float16 only
+    hessian_micro_batch_size: int
 
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers beside the weights and the optimizer's state."""
+    """What changes, and is stored in a checkpoint besides weights and optimizer state."""
 
     step: int = 0  # updates made
     seconds: float = 0.0  # spent in updates and estimates
@@ -48,209 +77,460 @@ class Progress:
     val_loss: float = math.inf
     best_loss: float = math.inf  # of the validated checkpoints
     best_step: int = -1
-    bad_steps: int = 0  # the last ones in a row whose loss or gradient was no number
+    bad_steps: int = 0  # consecutive steps, up to now, whose loss or gradient was not finite
 
 
 def main() -> None:
     config, flags = parse_command_line(sys.argv[1:])
-    place = find_place(config)
-    check_divisible(config, place.world_size)
+    ranks = Ranks.from_environment()
+    device = distributed.find_device(config.train)
+    distributed.check_device(config.train, device)
+    plan.check_divisible(config, ranks.world_size)
     if flags.dry_run:
-        if place.rank == 0:
-            print_plan(config, place.world_size, place.device.type)
+        if ranks.rank == 0:
+            plan.print_plan(config, ranks.world_size, device.type)
         return
-    mirrors.check_installed(config)
-    folder, shape = Path(config.data.path), config.model
-    tokens = {split: open_tokens(folder, split, shape.text_vocab_size, shape.block_size) for split in ("train", "val")}
-    saved = checkpoint.open_run(config, flags.resume, tokens)
-    if saved and saved["validated_step"] == config.train.max_steps:
-        print(f"{config.run_dir}: finished already, {saved['step']} steps")
+
+    # Find the mistakes that can be found before any GPU time is spent.
+    trackers.check_installed(config)
+    folder, model = Path(config.data.path), config.model
+    tokens = {}
+    for split in ("train", "val"):
+        tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
+    found = checkpoint.find_checkpoint(config, flags.resume, fingerprints(tokens))
+    if found and found[1]["validated_step"] == config.train.max_steps:
+        print(f"{config.run_dir}: finished already, {found[1]['step']} steps")
         return
-    start_process_group(place)
+
+    distributed.start_process_group(ranks, device)
     try:
-        stopped_by = begin(config, place, tokens, saved)
-        agree(0)  # a barrier: nobody leaves the group while another still needs it
+        stopped_by = start(build_run(config, ranks, device, tokens), found)
+        distributed.barrier()  # no rank may leave the group while another still needs it
     finally:
-        gc.collect()  # what uses the process group has to go before it: left to the interpreter's end, it can abort
+        gc.collect()  # objects that use the process group must be freed before it is destroyed
         if dist.is_initialized():
             dist.destroy_process_group()
-    # The shell's own rule after a signal: whoever comes next must not take this for a finished run.
-    leave(place, status=128 + stopped_by if stopped_by else 0)
+
+    # The shell's convention for a signal: a stopped run must not look like a finished one.
+    distributed.exit_process(ranks, status=128 + stopped_by if stopped_by else 0)
 
 
-def begin(config: Config, place: Place, tokens: dict[str, np.ndarray], saved: dict[str, Any] | None) -> int:
-    """Build the run, or what the checkpoint `saved` holds of it, and train it; only rank 0 writes to its folder."""
-    run = build_run(config, place, tokens)
-    progress = restore(run, saved)
-    if place.rank != 0:
-        return train(run, progress, None)
+def build_run(
+    config: Config, ranks: Ranks, device: torch.device, tokens: dict[str, np.ndarray]
+) -> Run:
+    torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
+    torch.manual_seed(config.train.seed)
+
+    # Initialize on the CPU, so that every device starts from the same weights.
+    model = GPT(config.model, config.train.loss_chunk).to(device)
+    forward: Any = torch.compile(model, dynamic=False) if config.train.compile else model
+    parallel = forward
+    if ranks.world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        parallel = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
+
+    optimizer = make_optimizer(config, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.dtype == "float16")
+    micro = plan.hessian_micro_batch_size(config, ranks.world_size)
+    return Run(config, ranks, device, tokens, model, forward, parallel, optimizer, scaler, micro)
+
+
+def start(run: Run, found: checkpoint.Found | None) -> int:
+    """Continue from the checkpoint, if one was found, and train. Return train's result."""
+    config, device = run.config, run.device
+    progress = restore(run, found)
+    if run.ranks.rank != 0:
+        return train(run, progress, log=None)
+
+    # Only rank 0 writes to the run's folder.
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with locked(config.run_dir):
-        checkpoint.set_aside(config.run_dir, beyond=progress.step)
-        data = {"data": read_meta(Path(config.data.path))}
-        environment = metrics.environment(place.device, place.world_size) | data
-        return train(run, progress, metrics.RunLog(config, environment, progress.step, progress.validated_step))
+        checkpoint.quarantine(config.run_dir, after=progress.step)
+        environment = describe_environment(device, run.ranks.world_size)
+        environment["data"] = read_meta(Path(config.data.path))
+        log = RunLog.open(config, device, environment, progress.step, progress.validated_step)
+        return train(run, progress, log)
 
 
-def train(run: Run, progress: Progress, log: metrics.RunLog | None) -> int:
-    """The training loop: log, validate, save, step. Rank 0 has the log. Returns the signal that ended it, or 0."""
-    config = run.config
-    signals = catch_signals()
+# ---- The loop ------------------------------------------------------------------------------------
+
+
+def train(run: Run, progress: Progress, log: RunLog | None) -> int:
+    """Log, validate, save and step until the schedule ends or a signal arrives.
+
+    Only rank 0 has a log. Returns the number of the signal that stopped it, or 0.
+    """
+    config = run.config.train
+    signals = distributed.catch_signals()
     saved_at = (progress.step, progress.validated_step)
-    pending: list[dict[str, Any]] = []  # steps whose numbers are still on the device
+    pending: Records = []  # steps whose numbers are still on the device
 
     while True:
-        stopping = agree(signals[0] if signals else 0)
-        last = progress.step == config.train.max_steps
-        saving = stopping or last or progress.step % config.train.checkpoint_interval == 0
-        if pending and (saving or progress.step % config.train.log_interval == 0):
-            write_steps(run, pending, progress, log)
+        stopping = distributed.max_over_ranks(signals[0] if signals else 0)
+        last = progress.step == config.max_steps
+        saving = stopping or last or progress.step % config.checkpoint_interval == 0
+
+        if pending and (saving or progress.step % config.log_interval == 0):
+            log_steps(run, pending, progress, log)
             pending.clear()
-        validating = (last or progress.step % config.train.eval_interval == 0) and not stopping
+
+        validating = (last or progress.step % config.eval_interval == 0) and not stopping
         if validating and progress.validated_step < progress.step:
             validate(run, progress, log)
+
         if saving and progress.step > 0 and (progress.step, progress.validated_step) != saved_at:
             if is_finite(run, progress):
                 save(run, progress, log)
                 saved_at = (progress.step, progress.validated_step)
             elif log:
-                log.message(f"step {progress.step}: not saved, because the weights or the last loss are no numbers")
+                log.message(f"step {progress.step}: not saved, the weights or loss are not finite")
+
         if stopping or last:
             break
-        pending.append(make_step(run, progress.step))
+        pending.append(train_step(run, progress.step))
         progress.step += 1
 
     if log:
         if stopping:
-            log.message(f"stopped by a signal after step {progress.step}; the same command with --resume continues")
+            log.message(f"stopped by a signal after step {progress.step}; continue with --resume")
         log.close()
     return stopping
 
 
-def build_run(config: Config, place: Place, tokens: dict[str, np.ndarray]) -> Run:
-    torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
-    torch.manual_seed(config.train.seed)
-    # Initialised on the CPU: the same weights for every device.
-    model = GPT(config.model, config.train.loss_chunk).to(place.device)
-    forward: Any = torch.compile(model, dynamic=False) if config.train.compile else model
-    parallel = forward
-    if place.world_size > 1:
-        # Around the compiled model, so that it is one graph; the buckets that are averaged are the gradients.
-        devices = [place.device.index] if place.device.type == "cuda" else None
-        parallel = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
-    scaler = torch.amp.GradScaler(place.device.type, enabled=config.train.dtype == "float16")
-    return Run(config, place, tokens, model, forward, parallel, optimizers.make_optimizer(config, model), scaler)
+# ---- One step ------------------------------------------------------------------------------------
 
 
-def restore(run: Run, saved: dict[str, Any] | None) -> Progress:
-    if saved is None:
-        if run.config.train.init_from:
-            start_from(run, run.config.train.init_from)
-        return Progress()
-    try:
-        load_states(run, saved)
-        progress = Progress(**{key: saved[key] for key in asdict(Progress())})
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        newest = checkpoint.checkpoints(run.config.run_dir)[-1]
-        raise UserError(f"{newest}: not a checkpoint of this run ({reason(error)}); remove it") from None
-    saved.clear()  # or its copy of weights and states would stay in memory as long as main() runs
-    return progress
+def train_step(run: Run, step: int) -> dict[str, Any]:
+    """Make one update from batch number `step`.
 
-
-def start_from(run: Run, source: str) -> None:
-    """Weights in Hugging Face's format, which rank 0 reads."""
-    if run.place.rank == 0:
-        hugging_face.load_weights(run.model, source)
-    if run.place.world_size > 1:
-        for weight in run.model.state_dict().values():
-            dist.broadcast(weight, src=0)
-
-
-def load_states(run: Run, saved: dict[str, Any]) -> None:
-    run.model.load_state_dict(saved["model"])
-    optimizers.load_state(run.optimizer, run.model, saved["optimizer"])
-    run.scaler.load_state_dict(saved["scaler"])
-
-
-def write_steps(run: Run, pending: list[dict[str, Any]], progress: Progress, log: metrics.RunLog | None) -> None:
-    """Fetch the numbers of the steps since the last time (the only wait for the device) and log them.
-
-    Raises UserError after max_bad_steps in a row whose loss or gradient was no number.
+    Returns the step's record, with loss and gradient norm still on the device. Only float16's
+    scaler, Muon and SOAP need a host sync.
     """
-    losses, grad_norms = (torch.stack([step[key] for step in pending]).tolist() for key in ("loss", "grad_norm"))
-    config = run.config
-    tokens = config.train.batch_size * config.model.block_size
-    records = []
-    for step, loss, grad_norm in zip(pending, losses, grad_norms, strict=True):
-        bad = not math.isfinite(loss + grad_norm)
-        progress.bad_steps = progress.bad_steps + 1 if bad else 0
-        started, estimated, ended = step["timestamps"]
-        record = {"step": step["step"], "loss": loss, "lr": step["lr"], "grad_norm": grad_norm}
-        record["clipped"] = 0 < config.train.grad_clip < grad_norm
-        record["step_ms"] = metrics.milliseconds_between(estimated, ended)
-        if estimated is not started:
-            record["hessian_ms"] = metrics.milliseconds_between(started, estimated)
-        if bad:
-            record["skipped"] = True
-        progress.seconds += (record["step_ms"] + record.get("hessian_ms", 0.0)) / 1000
-        records.append(record | {"tokens": step["step"] * tokens, "seconds": progress.seconds})
-    statistics = optimizers.sophia_statistics(run.optimizer) if config.optimizer.is_sophia else {}
-    if log:
-        flops = flops_per_token(config.model) * tokens if config.train.dtype != "float32" else None
-        records[-1] |= metrics.throughput(records, tokens, flops, run.place.device, run.place.world_size)
-        records[-1] |= statistics
-        log.steps(records)
-    if progress.bad_steps >= config.train.max_bad_steps:
-        raise UserError(
-            f"{config.run_dir}: no finite loss or gradient in {progress.bad_steps} steps up to {progress.step}; "
-            f"none was applied, and no checkpoint has such weights. Begin again in another train.out_dir with a lower "
-            f"optimizer.lr, a longer warm-up, float32, or (Sophia) a larger rho"
-        )
+    config, optimizer, world_size = run.config, run.optimizer, run.ranks.world_size
+    lr = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    # Estimate the Hessian before the step, at the current weights (Algorithm 3).
+    started = estimated = timestamp(run.device)
+    if config.hessian_interval and step % config.hessian_interval == 0:
+        update_hessian(run, step)
+        estimated = timestamp(run.device)
+
+    # The gradient of the mean loss over all micro-batches and ranks.
+    batch_size, micro_size = config.train.batch_size, config.train.micro_batch_size
+    micro_batches = get_batch(run, step, batch_size, micro_size)
+    loss = accumulate_gradient(run, summed_loss, micro_batches, batch_size // micro_size)
+    if world_size > 1:
+        dist.all_reduce(loss)
+        loss /= world_size
+    run.scaler.unscale_(optimizer)
+    max_norm = config.train.grad_clip or math.inf
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+
+    # Skip the update if the loss or gradient is not finite. Decided on the device: no host sync.
+    if not run.scaler.is_enabled():
+        state.skip_if(optimizer, state.not_finite(loss + grad_norm))
+    run.scaler.step(optimizer)
+    run.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    times = (started, estimated, timestamp(run.device))
+    return {"step": step + 1, "lr": lr, "loss": loss, "grad_norm": grad_norm, "times": times}
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the learning rate of batch number `step`.
+
+    Linear warm-up to the peak, then cosine decay to final_lr_ratio × peak at max_steps.
+    """
+    peak, floor = config.optimizer.lr, config.train.final_lr_ratio
+    warmup, total = config.train.warmup_steps, config.train.max_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)  # not 0 in the first step, which would be wasted
+    decayed = (step - warmup) / max(total - warmup, 1)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decayed)))
+
+
+def get_batch(run: Run, step: int, size: int, micro_size: int) -> MicroBatches:
+    """Yield this rank's share of the first `size` sequences of a step's batch.
+
+    Each micro-batch is read while the device works on the one before.
+    """
+    model, seed, tokens = run.config.model, run.config.train.seed, run.tokens["train"]
+    T, vocab_size = model.block_size, model.text_vocab_size
+    offsets = batches.window_offsets(seed, step, len(tokens), T, size)
+    for rows in batches.rank_slices(size, micro_size, run.ranks):
+        x, y = batches.read_windows(tokens, offsets[rows], T, vocab_size)
+        if not model.causal:
+            masked = batches.masked_positions(seed, step, size, model)
+            x, y = batches.mask_tokens(x, masked[rows], model.mask_token)
+        yield to_device(x, run.device), to_device(y, run.device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device. A copy from pinned memory overlaps with computation."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    if config.train.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, config.train.dtype))
+
+
+def accumulate_gradient(
+    run: Run, criterion: Callable[..., Tensor], micro_batches: MicroBatches, count: int
+) -> Tensor:
+    """Put the gradient of the criterion's mean over all tokens into .grad, and return the mean.
+
+    `criterion(logits, labels)` is a sum over tokens, `count` the number of micro-batches of all
+    ranks together. The gradient is that of all ranks, and with float16 carries the scaler's factor.
+    The mean is this rank's own, still on the device.
+    """
+    own = count // run.ranks.world_size
+    losses = []
+    for index, (x, labels) in enumerate(micro_batches, start=1):
+        if isinstance(run.parallel, DistributedDataParallel):
+            # Exchange gradients in the last backward pass only; DDP reads this in forward.
+            run.parallel.require_backward_grad_sync = index == own
+        with autocast(run.config, run.device):
+            n_labels = len(x) * run.config.model.labels_per_sequence
+            loss = run.parallel(x, criterion, labels) / n_labels
+        run.scaler.scale(loss / own).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def timestamp(device: torch.device) -> Any:
+    """Return a point in time. On CUDA: an event, recorded without a host sync."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+# ---- Sophia's estimate of the Hessian's diagonal -------------------------------------------------
+
+
+def update_hessian(run: Run, step: int) -> None:
+    """Estimate the Hessian on the first hessian_batch_size sequences of the step's batch.
+
+    An estimate that is not finite is left out of the average, where it would stay forever. All
+    ranks have the same estimate and so decide alike, on the device: no host sync.
+    """
+    size, micro_size = run.config.hessian_batch_size, run.hessian_micro_batch_size
+    micro_batches = get_batch(run, step, size, micro_size)
+    if run.config.optimizer.hessian_estimator == "hutchinson":
+        update_by_hutchinson(run, micro_batches, step)
+    else:
+        update_by_gradient(run, micro_batches, step)
+
+
+def update_by_gradient(run: Run, micro_batches: MicroBatches, step: int) -> None:
+    """Use n ĝ ⊙ ĝ: Gauss-Newton-Bartlett with sampled labels, or the empirical Fisher."""
+    config, size = run.config, run.config.hessian_batch_size
+    criterion: Callable[..., Tensor] = summed_loss
+    if config.optimizer.hessian_estimator == "gnb":
+        criterion = summed_sampled_loss
+        micro_batches = with_uniforms(run, micro_batches, step)
+    accumulate_gradient(run, criterion, micro_batches, size // run.hessian_micro_batch_size)
+
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    if run.scaler.is_enabled():
+        torch._foreach_div_(grads, run.scaler.get_scale())
+    n_labels = size * config.model.labels_per_sequence
+    found_inf = state.not_finite(n_labels * nn.utils.get_total_norm(grads).square())
+    state.local_shard(run.optimizer).update_hessian_from_grad(n_labels, found_inf)
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def with_uniforms(run: Run, micro_batches: MicroBatches, step: int) -> MicroBatches:
+    """Replace targets by uniform numbers that decide which labels are sampled, -1 for none."""
+    config, size = run.config, run.config.hessian_batch_size
+    uniforms = batches.label_uniforms(config.train.seed, step, size, config.model.block_size)
+    slices = batches.rank_slices(size, run.hessian_micro_batch_size, run.ranks)
+    for (x, y), rows in zip(micro_batches, slices, strict=True):
+        u = to_device(torch.from_numpy(uniforms[rows]), run.device)
+        yield x, u.masked_fill(y < 0, -1)  # a token without a target gets no label
+
+
+def update_by_hutchinson(run: Run, micro_batches: MicroBatches, step: int) -> None:
+    """Use u ⊙ Hu, averaged over all micro-batches and ranks."""
+    estimates = hutchinson(run, micro_batches, step)
+    found_inf = state.not_finite(nn.utils.get_total_norm(list(estimates.values())))
+    optimizer = state.local_shard(run.optimizer)
+    own = {p: estimates[p] for group in optimizer.param_groups for p in group["params"]}
+    optimizer.update_hessian(own, found_inf)
+
+
+def hutchinson(run: Run, micro_batches: MicroBatches, step: int) -> dict[Tensor, Tensor]:
+    """Return {parameter: Hutchinson's estimate}, with the same probe for all micro-batches."""
+    config, device = run.config, run.device
+    named = dict(run.model.named_parameters())
+    params = {name: p.detach() for name, p in named.items()}
+
+    # Gaussian probes as in Sophia's Algorithm 1, or random signs as in AdaHessian.
+    generator = torch.Generator(device).manual_seed(batches.probe_seed(config.train.seed, step))
+    draw = random_signs if config.optimizer.name == "adahessian" else torch.randn
+    probes = {name: draw(p.shape, generator=generator, device=device) for name, p in params.items()}
+
+    # float16 is too narrow for second derivatives, and the scaler does not cover them: fp32 then.
+    context = nullcontext() if config.train.dtype == "float16" else autocast(config, device)
+    estimate = compiled(hutchinson_micro_batch) if config.train.compile else hutchinson_micro_batch
+    weight = run.hessian_micro_batch_size / config.hessian_batch_size
+    totals = [torch.zeros_like(p) for p in params.values()]
+    for x, y in micro_batches:
+        with context:
+            estimates = estimate(run.model, params, probes, x, y)
+            torch._foreach_add_(totals, list(estimates.values()), alpha=weight)
+
+    if run.ranks.world_size > 1:
+        for total in totals:
+            dist.all_reduce(total)
+    return dict(zip(named.values(), totals, strict=True))
+
+
+def hutchinson_micro_batch(
+    model: GPT, params: dict[str, Tensor], probes: dict[str, Tensor], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """Return u ⊙ Hu for one micro-batch."""
+    n_labels = len(x) * model.config.labels_per_sequence
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return summed_loss(functional_call(model, p, (x,)), y) / n_labels
+
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivative
+        return hutchinson_estimate(loss, params, probes)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+# ---- Validation ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def validate(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
-    """Mean loss over the validation windows, the same for every run, shared out over the ranks."""
-    config, place = run.config, run.place
-    sums, counts = [torch.zeros((), device=place.device)], 0
-    for x, y in validation_windows(
-        run.tokens["val"],
-        config.model,
-        config.train.eval_windows,
-        config.train.micro_batch_size,
-        place.rank,
-        place.world_size,
-    ):
-        with autocast(config, place.device):
-            sums.append(run.forward(to_device(x, place.device), summed_loss, to_device(y, place.device)))
-        counts += int((y >= 0).sum())
-    total = torch.tensor([torch.stack(sums).cpu().double().sum(), counts], dtype=torch.float64)
-    if place.world_size > 1:
+def validate(run: Run, progress: Progress, log: RunLog | None) -> None:
+    """Compute the mean loss over the validation windows, which are divided among the ranks."""
+    config, ranks, device = run.config, run.ranks, run.device
+    limit, micro_size = config.train.eval_windows, config.train.micro_batch_size
+    windows = batches.validation_windows(run.tokens["val"], config.model, limit, micro_size, ranks)
+    sums, count = [torch.zeros((), device=device)], 0
+    for x, y in windows:
+        with autocast(config, device):
+            sums.append(run.forward(to_device(x, device), summed_loss, to_device(y, device)))
+        count += int((y >= 0).sum())
+
+    total = torch.tensor([torch.stack(sums).cpu().double().sum(), count], dtype=torch.float64)
+    if ranks.world_size > 1:
         dist.all_reduce(total)
-    progress.val_loss, progress.validated_step = float(total[0] / total[1]), progress.step
+    progress.val_loss = float(total[0] / total[1])
+    progress.validated_step = progress.step
     if log:
-        tokens = progress.step * config.train.batch_size * config.model.block_size
-        at = {"step": progress.step, "tokens": tokens, "seconds": progress.seconds}
-        log.validation(at | {"val_loss": progress.val_loss})
+        log.validation(progress.step, progress.seconds, progress.val_loss)
+
+
+# ---- Logging -------------------------------------------------------------------------------------
+
+
+def log_steps(run: Run, pending: Records, progress: Progress, log: RunLog | None) -> None:
+    """Log the pending steps, and stop a run that has diverged. All ranks must call it."""
+    records = fetch_records(run, pending, progress)
+    if run.config.optimizer.name.startswith("sophia"):
+        records[-1] |= state.sophia_statistics(run.optimizer)
+    if log:
+        log.steps(records)
+    stop_if_diverged(run, progress)
+
+
+def fetch_records(run: Run, pending: Records, progress: Progress) -> Records:
+    """Fetch the numbers of pending steps from the device: the only host sync while training."""
+    losses = torch.stack([step["loss"] for step in pending]).tolist()
+    grad_norms = torch.stack([step["grad_norm"] for step in pending]).tolist()
+
+    records = []
+    for step, loss, grad_norm in zip(pending, losses, grad_norms, strict=True):
+        record = {"step": step["step"], "loss": loss, "lr": step["lr"], "grad_norm": grad_norm}
+        record["clipped"] = 0 < run.config.train.grad_clip < grad_norm
+        started, estimated, ended = step["times"]
+        record["step_ms"] = milliseconds_between(estimated, ended)
+        if estimated is not started:
+            record["hessian_ms"] = milliseconds_between(started, estimated)
+
+        progress.bad_steps += 1
+        if math.isfinite(loss + grad_norm):
+            progress.bad_steps = 0
+        else:
+            record["skipped"] = True
+        progress.seconds += (record["step_ms"] + record.get("hessian_ms", 0.0)) / 1000
+        record["tokens"] = step["step"] * run.config.tokens_per_step
+        record["seconds"] = progress.seconds
+        records.append(record)
+    return records
+
+
+def milliseconds_between(start: Any, end: Any) -> float:
+    """Return the milliseconds between two timestamps of the same device."""
+    return 1000 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
+
+
+def stop_if_diverged(run: Run, progress: Progress) -> None:
+    """Raise UserError after max_bad_steps consecutive non-finite steps."""
+    if progress.bad_steps >= run.config.train.max_bad_steps:
+        raise UserError(
+            f"{run.config.run_dir}: no finite loss or gradient in {progress.bad_steps} steps up to "
+            f"{progress.step}; none was applied, and no checkpoint contains such weights. Start "
+            f"again in another train.out_dir with a lower optimizer.lr, a longer warm-up, float32, "
+            f"or (Sophia) a larger rho"
+        )
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def is_finite(run: Run, progress: Progress) -> bool:
-    """Whether the run is worth a checkpoint: one whose weights are no numbers must never replace a good one."""
-    return progress.bad_steps == 0 and bool(torch.isfinite(nn.utils.get_total_norm(run.model.parameters())))
+    """Return whether the run may be saved: non-finite weights must not replace good ones."""
+    norm = nn.utils.get_total_norm(run.model.parameters())
+    return progress.bad_steps == 0 and bool(torch.isfinite(norm))
 
 
-def save(run: Run, progress: Progress, log: metrics.RunLog | None) -> None:
-    """Write a checkpoint, after the log of all that it contains is safe on the disk."""
+def save(run: Run, progress: Progress, log: RunLog | None) -> None:
+    """Write a checkpoint, after the log of all that it contains. All ranks must call it."""
     if progress.validated_step == progress.step and progress.val_loss < progress.best_loss:
         progress.best_loss, progress.best_step = progress.val_loss, progress.step
-    optimizer_state = optimizers.gather_state(run.optimizer, run.model)
+
+    optimizer_state = state.gather_state(run.optimizer, run.model)
     if log:
         log.sync()
-        state = {"config": run.config.model_dump(), "model": run.model.state_dict()}
-        state["fingerprints"] = {split: fingerprint(tokens) for split, tokens in run.tokens.items()}
-        state |= {"optimizer": optimizer_state, "scaler": run.scaler.state_dict()}
-        state |= asdict(progress)
-        checkpoint.save(run.config.run_dir, state, run.config.train.keep_checkpoints)
+        content = {"config": run.config.model_dump(), "fingerprints": fingerprints(run.tokens)}
+        content |= {"model": run.model.state_dict(), "optimizer": optimizer_state}
+        content |= {"scaler": run.scaler.state_dict()} | asdict(progress)
+        checkpoint.save(run.config.run_dir, content, run.config.train.keep_checkpoints)
+
+
+def restore(run: Run, found: checkpoint.Found | None) -> Progress:
+    """Load a checkpoint into the run, or the weights of train.init_from into a new one."""
+    if found is None:
+        if run.config.train.init_from:
+            hugging_face.load_weights_on_all_ranks(run.model, run.config.train.init_from)
+        return Progress()
+
+    path, saved = found
+    try:
+        run.model.load_state_dict(saved["model"])
+        state.load_state(run.optimizer, run.model, saved["optimizer"])
+        run.scaler.load_state_dict(saved["scaler"])
+        progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint of this run ({reason(error)})") from error
+    saved.clear()  # main() would keep its copy of weights and states alive
+    return progress
 
 
 if __name__ == "__main__":

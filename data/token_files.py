@@ -1,4 +1,4 @@
-"""Token files: opened, checked and told apart. They are nanoGPT's: raw little-endian uint16 tokens, nothing else."""
+"""Token files in nanoGPT's format, raw little-endian uint16 tokens: opened and checked."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import numpy as np
 
 from runtime.cli import UserError
 
-# Files up to this size are searched for tokens beyond the vocabulary before training; larger ones as they are read.
+# Files up to this size are searched for tokens outside the vocabulary before training; larger ones
+# are checked window by window as they are read.
 SCAN_TOKENS = 1_000_000_000
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-    """sha256 of the length and of 16 evenly spread blocks of 256 KiB: all of a small file, a sample of a large one."""
+    """Return a sha256 of the length and of 16 evenly spaced blocks of 256 KiB.
+
+    That is all of a small file, and a sample of a large one.
+    """
     block = 131_072
     starts = np.linspace(0, max(len(tokens) - block, 0), 16).astype(int)
     digest = hashlib.sha256(str(len(tokens)).encode())
@@ -25,56 +29,81 @@ def fingerprint(tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def fingerprints(tokens: dict[str, np.ndarray]) -> dict[str, str]:
+    """Return the fingerprint of each split."""
+    return {split: fingerprint(array) for split, array in tokens.items()}
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The folder's meta.json, or {} where there is none (files made by nanoGPT). Raises UserError for a damaged one."""
+    """Return the folder's meta.json, or {} if it has none, as folders made by nanoGPT.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     path = folder / "meta.json"
     if not path.exists():
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [meta["vocab_size"], *(split["tokens"] for split in meta["splits"].values())]
-        if not all(isinstance(number, int) and number > 0 for number in numbers):
-            raise ValueError("counts must be positive numbers")
+        counts = [meta["vocab_size"], *(split["tokens"] for split in meta["splits"].values())]
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError("counts must be positive integers")
         return meta
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path}: damaged; remove it and the .bin files beside it, and prepare the data again"
-        ) from None
+            f"{path}: damaged; prepare the data again in another folder, with --out"
+        ) from error
 
 
 def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> np.ndarray:
-    """Map `folder`/`split`.bin and check that it is whole, long enough for a window, and within the vocabulary.
+    """Memory-map `folder`/`split`.bin, uint16.
 
-    Raises UserError where it is not.
+    Raises:
+        UserError: if it is missing, truncated, shorter than a window, not what its meta.json
+            describes, or contains tokens outside the vocabulary.
     """
     path = folder / f"{split}.bin"
     if not path.is_file():
-        own = folder / "prepare.py"
-        make = str(own) if own.exists() else f"data/openwebtext/prepare.py --out {folder}"
-        raise UserError(f"{path}: no such file; make it first: python {make}")
+        own_script = folder / "prepare.py"
+        command = f"data/openwebtext/prepare.py --out {folder}"
+        if own_script.exists():
+            command = str(own_script)
+        raise UserError(f"{path}: no such file; make it first: python {command}")
+
+    # Size and vocabulary, as far as meta.json is there to tell.
     meta = read_meta(folder)
+    facts = meta.get("splits", {}).get(split, {})
     size = path.stat().st_size
-    expected = meta.get("splits", {}).get(split, {}).get("tokens")
+    expected = facts.get("tokens")
     if size % 2 or (expected is not None and size != 2 * expected):
-        wanted = f"{2 * expected} bytes by its meta.json" if expected is not None else "an even number of bytes"
-        raise UserError(f"{path}: {size} bytes, but {wanted}; it is truncated or not ours: prepare it again")
+        wanted = "an even number" if expected is None else f"{2 * expected}, as in its meta.json"
+        raise UserError(
+            f"{path}: {size} bytes instead of {wanted}; truncated or not ours: prepare it again"
+        )
     if meta.get("vocab_size", vocab_size) != vocab_size:
         raise UserError(
-            f"{folder}: vocabulary of {meta['vocab_size']} tokens; set model.vocab_size = {meta['vocab_size']}, "
-            f"or one more if model.causal = false, for the mask"
+            f"{folder}: its vocabulary has {meta['vocab_size']} tokens; set model.vocab_size = "
+            f"{meta['vocab_size']}, or one more, for the mask, if model.causal = false"
         )
     if size // 2 < block_size + 1:
-        raise UserError(f"{path}: {size // 2} tokens, shorter than one window of block_size + 1 = {block_size + 1}")
+        raise UserError(
+            f"{path}: {size // 2} tokens, shorter than a window of block_size + 1 = "
+            f"{block_size + 1}"
+        )
+
+    # Content.
     tokens = np.memmap(path, dtype="<u2", mode="r")
-    promised = meta.get("splits", {}).get(split, {}).get("fingerprint")
-    if promised not in (None, fingerprint(tokens)):
-        raise UserError(f"{path}: its content is not what the meta.json beside it says; prepare it again")
+    if facts.get("fingerprint") not in (None, fingerprint(tokens)):
+        raise UserError(f"{path}: its content does not match its meta.json; prepare it again")
     if len(tokens) <= SCAN_TOKENS:
-        refuse_beyond_vocabulary(int(tokens.max()), vocab_size, path)
+        check_vocabulary(int(tokens.max()), vocab_size, path)
     return tokens
 
 
-def refuse_beyond_vocabulary(largest: int, vocab_size: int, where: object) -> None:
-    """Raise UserError for a token that the embedding table does not have (on a GPU: an assert far away)."""
+def check_vocabulary(largest: int, vocab_size: int, where: object) -> None:
+    """Refuse a token that has no row in the embedding table; on a GPU it would be an assert."""
     if largest >= vocab_size:
-        raise UserError(f"{where}: token {largest} is beyond model.vocab_size {vocab_size}; another tokenizer's file?")
+        raise UserError(
+            f"{where}: contains token {largest}, but model.vocab_size is {vocab_size}; "
+            f"was it made with another tokenizer?"
+        )

@@ -1,12 +1,15 @@
-r"""AdaHessian (Yao et al., arXiv 2006.00719, Algorithm 1): Adam with the Hessian's diagonal for the gradient's square.
+r"""AdaHessian (Yao et al., arXiv 2006.00719, Algorithm 1).
+
+Adam with the Hessian's diagonal in place of the gradient in the second moment:
 
 .. math::
-    m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) D^2, \qquad
-    \theta \leftarrow \theta (1 - \eta \lambda) - \eta \, \hat m / (\hat v^{k/2} + \epsilon)
+    m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) D^2
+    \qquad \theta \leftarrow \theta (1 - \eta \lambda) - \eta \, \hat m / (\hat v^{k/2} + \epsilon)
 
-D is Hutchinson's estimate with Rademacher probes (:func:`sophia.hutchinson_estimate`), m̂ and v̂ are bias-corrected, k is
-the Hessian power. The paper averages D over blocks of a weight, of a size that its own code chooses in three different
-ways; here nothing is averaged, as in its code for image models. Needs torch alone.
+D is Hutchinson's estimate with Rademacher probes (:func:`sophia.hutchinson_estimate`), m̂ and v̂
+are bias-corrected, and k is the Hessian power. The paper averages D over blocks of a weight, whose
+size its code chooses in three different ways. Here nothing is averaged, as in that code for image
+models.
 """
 
 from __future__ import annotations
@@ -18,23 +21,32 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optimizers.lion import skip_update
+
+
+def random_signs(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Return a Rademacher probe: entries of +1 and -1 with equal probability."""
+    return torch.randint(2, shape, generator=generator, device=device).float() * 2 - 1
+
 
 class AdaHessian(Optimizer):
-    """Hand an estimate over by :meth:`update_hessian` before the first step, and every step or every few after it.
+    """Implements AdaHessian.
 
-    Where the attribute ``found_inf`` is set to a 0-dim tensor of 1 (as torch.amp does for fused optimizers), a step
-    changes nothing; nothing waits for the device to know.
+    Call :meth:`update_hessian` before the first step, and then every step or every few steps.
+
+    If the attribute ``found_inf`` is set to a 0-dim tensor of 1, as torch.amp does for fused
+    optimizers, a step changes nothing. No host sync is needed.
 
     Args:
         params: parameters, or dicts of parameter groups.
         lr: learning rate. The defaults are those of the authors' code.
-        betas: decay of m and of v (a decay for each *estimate*, not for each step).
+        betas: decay of m, and of v (per *estimate*, not per step).
         eps: added to the denominator.
-        weight_decay: decoupled, multiplied by lr.
+        weight_decay: decoupled weight decay, multiplied by lr.
         hessian_power: k, from 0 (momentum SGD) to 1.
 
     Raises:
-        ValueError: for a hyperparameter out of its range.
+        ValueError: if a hyperparameter is out of its range.
     """
 
     def __init__(
@@ -57,54 +69,86 @@ class AdaHessian(Optimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         if not 0.0 <= hessian_power <= 1.0:
             raise ValueError(f"Invalid Hessian power: {hessian_power}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "hessian_power": hessian_power}
+
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "hessian_power": hessian_power,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def update_hessian(self, estimates: Mapping[Any, Tensor], found_inf: Tensor | None = None) -> None:
-        """v ← β₂ v + (1 − β₂) D² for each ``{parameter: D}``, D of all ranks together; none if found_inf is 1."""
+    def update_hessian(
+        self, estimates: Mapping[Any, Tensor], found_inf: Tensor | None = None
+    ) -> None:
+        """Average new estimates: v ← β₂ v + (1 − β₂) D².
+
+        Args:
+            estimates: ``{parameter: D}``; under several ranks, D is the mean over all of them.
+            found_inf: 0-dim tensor; if it is 1, nothing changes.
+        """
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p in estimates):
+            for p in group["params"]:
+                if p not in estimates:
+                    continue
                 state = self._state(p)
-                keep = torch.zeros((), device=p.device) if found_inf is None else found_inf
-                averaged = state["exp_hessian_sq"].lerp(estimates[p].square(), 1 - group["betas"][1])
-                state["exp_hessian_sq"].copy_(torch.where(keep.bool(), state["exp_hessian_sq"], averaged))
-                state["estimates"].add_(1 - keep)
+                v = state["exp_hessian_sq"]
+                averaged = v.lerp(estimates[p].square(), 1 - group["betas"][1])
+                skip = torch.zeros((), device=p.device) if found_inf is None else found_inf
+                v.copy_(torch.where(skip.bool(), v, averaged))
+                state["estimates"].add_(1 - skip)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters that have a gradient. `closure` re-evaluates the model and returns the loss.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: no estimate was handed over yet.
+            RuntimeError: if :meth:`update_hessian` was not called yet.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if p not in self.state:
                     raise RuntimeError("AdaHessian needs update_hessian before the first step")
-                self._step(p, group, getattr(self, "found_inf", None))
+                self._update(p, group, getattr(self, "found_inf", None))
         return loss
 
-    def _step(self, p: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        skip = torch.zeros((), device=p.device) if found_inf is None else found_inf
-        state["steps"].add_(1 - skip)
-        m = torch.where(skip.bool(), state["exp_avg"], state["exp_avg"].lerp(p.grad, 1 - beta1))
-        state["exp_avg"].copy_(m)
+    def _update(self, p: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
+        state = self.state[p]
+        beta1, beta2 = group["betas"]
+        lr, g, m = group["lr"], p.grad, state["exp_avg"]
+        assert g is not None
+
+        counted: float | Tensor = 1.0
+        if found_inf is not None:
+            lr, (g,) = skip_update(found_inf, lr, [g], [m])
+            counted = 1 - found_inf
+        state["steps"].add_(counted)
+        m.lerp_(g, 1 - beta1)
+
+        # At least 1: nothing is counted yet if the very first step is skipped.
         corrected_m = m / (1 - beta1 ** state["steps"].clamp(min=1))
         corrected_v = state["exp_hessian_sq"] / (1 - beta2 ** state["estimates"].clamp(min=1))
-        update = corrected_m / (corrected_v.sqrt().pow(group["hessian_power"]) + group["eps"])
-        lr = group["lr"] * (1 - skip.to(p.dtype))
-        p.mul_(1 - lr * group["weight_decay"]).sub_(lr * update)
+        denominator = corrected_v.sqrt().pow(group["hessian_power"]) + group["eps"]
+        p.mul_(1 - lr * group["weight_decay"]).sub_(lr * corrected_m / denominator)
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
         if not state:
-            # Not "step": Optimizer.load_state_dict would leave a tensor of that name on the CPU.
+            # Not called "step", which Optimizer.load_state_dict would leave on the CPU.
             state["steps"] = torch.zeros((), device=param.device)
             state["estimates"] = torch.zeros((), device=param.device)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -1,8 +1,10 @@
-r"""Lion (Chen et al., arXiv 2302.06675, Algorithm 2): the sign of an interpolated momentum. Needs torch alone.
+r"""Lion (Chen et al., arXiv 2302.06675, Algorithm 2): the sign of an interpolated momentum.
 
 .. math::
-    \theta \leftarrow \theta (1 - \eta \lambda) - \eta \, \mathrm{sign}(\beta_1 m + (1 - \beta_1) g), \qquad
-    m \leftarrow \beta_2 m + (1 - \beta_2) g
+    \theta \leftarrow \theta (1 - \eta \lambda) - \eta \, \mathrm{sign}(\beta_1 m + (1 - \beta_1) g)
+    \qquad m \leftarrow \beta_2 m + (1 - \beta_2) g
+
+This file needs only torch; copy it into any project.
 """
 
 from __future__ import annotations
@@ -17,21 +19,26 @@ from torch.optim import Optimizer
 
 
 class Lion(Optimizer):
-    """Every entry moves by exactly lr (besides the decay), so lr is 3 to 10 times smaller than AdamW's.
+    """Implements Lion.
 
-    Where the attribute ``found_inf`` is set to a 0-dim tensor of 1 (as torch.amp does for fused optimizers), a step
-    changes nothing at all, whatever is in the gradients; nothing waits for the device to know.
+    Apart from weight decay, every entry moves by exactly lr, so a good lr is 3 to 10 times smaller
+    than AdamW's.
+
+    If the attribute ``found_inf`` is set to a 0-dim tensor of 1, as torch.amp does for fused
+    optimizers, a step changes nothing, whatever the gradients contain. No host sync is needed.
 
     Args:
         params: parameters, or dicts of parameter groups.
         lr: learning rate. A number, or a 0-dim CPU tensor.
         betas: (β₁, β₂); the default is the paper's for language models (section 4.4).
-        weight_decay: decoupled, multiplied by lr; 3 to 10 times larger than AdamW's for the same strength.
-        foreach: use the multi-tensor path. Default: where all parameters are on CUDA.
-        fused: compile the multi-tensor path into one sweep over memory (torch.compile; lr never recompiles it).
+        weight_decay: decoupled weight decay, multiplied by lr; 3 to 10 times larger than AdamW's
+            for the same strength.
+        foreach: use the multi-tensor path. Default: if all parameters are on CUDA.
+        fused: compile the multi-tensor path with torch.compile into one pass over memory. A new lr
+            does not recompile it.
 
     Raises:
-        ValueError: for a hyperparameter out of its range.
+        ValueError: if a hyperparameter is out of its range.
     """
 
     def __init__(
@@ -55,16 +62,30 @@ class Lion(Optimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         if fused and foreach is False:
             raise ValueError("fused compiles the multi-tensor path: leave foreach unset")
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "foreach": foreach, "fused": fused}
+
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "fused": fused,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters that have a gradient. `closure` re-evaluates the model and returns the loss."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -73,9 +94,18 @@ class Lion(Optimizer):
                 raise RuntimeError("Lion does not support sparse gradients")
             for p in params:
                 if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            foreach = all(p.is_cuda for p in params) if group["foreach"] is None else group["foreach"]
-            update = _fused if group["fused"] else _multi_tensor if foreach else _single_tensor
+                    zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    self.state[p]["exp_avg"] = zeros
+
+            foreach = group["foreach"]
+            if foreach is None:
+                foreach = all(p.is_cuda for p in params)
+            update = _single_tensor
+            if group["fused"]:
+                update = _fused
+            elif foreach:
+                update = _multi_tensor
+
             beta1, beta2 = group["betas"]
             update(
                 params,
@@ -101,9 +131,10 @@ def _single_tensor(
     weight_decay: float,
     found_inf: Tensor | None,
 ) -> None:
-    """The algorithm as one reads it; the other paths are tested against this one."""
+    """Apply the update tensor by tensor. The reference: the other paths are tested against it."""
     if found_inf is not None:
-        lr, grads = _skip(found_inf, lr, grads, exp_avgs)
+        lr, grads = skip_update(found_inf, lr, grads, exp_avgs)
+
     for theta, g, m in zip(params, grads, exp_avgs, strict=True):
         theta.mul_(1 - lr * weight_decay)
         theta.sub_(m.lerp(g, 1 - beta1).sign_().mul_(lr))
@@ -121,9 +152,10 @@ def _multi_tensor(
     weight_decay: float,
     found_inf: Tensor | None,
 ) -> None:
-    """The same for all tensors at once, one kernel launch an operation."""
+    """Apply the update to all tensors at once, with one kernel launch per operation."""
     if found_inf is not None:
-        lr, grads = _skip(found_inf, lr, grads, exp_avgs)
+        lr, grads = skip_update(found_inf, lr, grads, exp_avgs)
+
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     updates = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
     torch._foreach_sign_(updates)
@@ -132,17 +164,25 @@ def _multi_tensor(
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
 
 
-def _skip(
+def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
+    """Apply the update in one compiled pass.
+
+    lr is passed as a tensor: a Python number would be a constant, and every new one a
+    recompilation.
+    """
+    _compiled(_multi_tensor)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
+
+
+def skip_update(
     found_inf: Tensor, lr: float | Tensor, grads: list[Tensor], exp_avgs: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """lr and gradients with which a step changes nothing if found_inf is 1: lr 0, and m averaged with itself."""
+    """Return an lr and gradients with which a step changes nothing if found_inf is 1.
+
+    The lr is then 0, and the momentum is averaged with itself.
+    """
     lr = lr * (1 - found_inf.to(grads[0].dtype))
-    return lr, [torch.where(found_inf.bool(), m, g) for g, m in zip(grads, exp_avgs, strict=True)]
-
-
-def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
-    """The same compiled. lr goes in as a tensor, because a new number would be a new constant and a recompilation."""
-    _compiled(_multi_tensor)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
+    skip = found_inf.bool()
+    return lr, [torch.where(skip, m, g) for g, m in zip(grads, exp_avgs, strict=True)]
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Sophia with one ingredient exchanged: the variants of the paper's ablation (its later version, section 4.4 ?).
+"""Sophia with one part replaced, as in the paper's ablation (later version, section 4.4 ?).
 
-They tell what each ingredient is worth; nobody would train with them. "?" marks what was recalled from the paper and
-not verified: the normalization is ours.
+They show what each part contributes and are not meant for training. "?" marks what was recalled
+from the paper and not verified: the normalization is ours.
 """
 
 from __future__ import annotations
@@ -12,66 +12,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizers.lion import skip_update
 from sophia import SophiaG, gnb_estimate
 
 
 class SophiaAblation(SophiaG):
-    """Sophia whose average, or whose bound on the update, is another one. With the defaults it is Sophia itself.
+    """Implements Sophia with another average of the estimates, or another bound on the update.
+
+    With the defaults it is Sophia itself.
 
     Args:
-        params, lr, betas, rho, eps, weight_decay: as :class:`sophia.Sophia` has them.
-        average: "mean", h ← β₂ h + (1 − β₂) ĥ as in Sophia; or "root-mean-square", h² ← β₂ h² + (1 − β₂) ĥ² as in
-            AdaHessian, which counts an estimate's noise as curvature.
-        update: "clip", clip(m / max(ρ h, ε), 1) as in Sophia; "divide", the same without the clip; or "normalize",
-            m / √mean(m²) of each tensor ?, which knows no curvature at all.
+        params, lr, betas, rho, eps, weight_decay: see :class:`sophia.Sophia`.
+        average: "mean", h ← β₂ h + (1 − β₂) ĥ as in Sophia; or "root-mean-square",
+            h² ← β₂ h² + (1 − β₂) ĥ² as in AdaHessian, which counts an estimate's noise as
+            curvature.
+        update: "clip", clip(m / max(ρ h, ε), 1) as in Sophia; "divide", the same without the clip;
+            or "normalize", m / √mean(m²) per tensor ?, which uses no curvature.
+
+    Raises:
+        ValueError: if a hyperparameter is out of its range.
     """
 
-    def __init__(self, params: Any, *, average: str = "mean", update: str = "clip", **options: Any) -> None:
+    def __init__(
+        self, params: Any, *, average: str = "mean", update: str = "clip", **options: Any
+    ) -> None:
         if average not in ("mean", "root-mean-square"):
             raise ValueError(f"Invalid average: {average}")
         if update not in ("clip", "divide", "normalize"):
             raise ValueError(f"Invalid update: {update}")
         super().__init__(params, **options)
-        self.average, self.update = average, update
+        self.average = average
+        self.update = update
 
     @torch.no_grad()
-    def update_hessian(self, estimates: Mapping[Any, Tensor], found_inf: Tensor | None = None) -> None:
+    def update_hessian(
+        self, estimates: Mapping[Any, Tensor], found_inf: Tensor | None = None
+    ) -> None:
+        """Average new estimates, as :meth:`sophia.Sophia.update_hessian` with another average."""
         if self.average == "mean":
             super().update_hessian(estimates, found_inf)
             return
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p in estimates):
+            for p in group["params"]:
+                if p not in estimates:
+                    continue
                 h = self._state(p)["hessian"]
                 averaged = h.square().lerp(estimates[p].square(), 1 - group["betas"][1]).sqrt()
-                h.copy_(averaged if found_inf is None else torch.where(found_inf.bool(), h, averaged))
+                if found_inf is not None:
+                    averaged = torch.where(found_inf.bool(), h, averaged)
+                h.copy_(averaged)
 
     @torch.no_grad()
     def update_hessian_from_grad(self, n_labels: int, found_inf: Tensor | None = None) -> None:
+        """Average the estimate n ĝ ⊙ ĝ that the gradients in ``.grad`` make."""
         params = [p for group in self.param_groups for p in group["params"]]
         self.update_hessian(gnb_estimate(params, n_labels), found_inf)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
         if self.update == "clip":
             return super().step(closure)
+
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                self._step_unclipped(p, group, getattr(self, "found_inf", None))
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update_unclipped(p, group, getattr(self, "found_inf", None))
         return loss
 
-    def _step_unclipped(self, p: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def _update_unclipped(self, p: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         state = self._state(p)
-        assert p.grad is not None
-        m = state["exp_avg"].lerp(p.grad, 1 - group["betas"][0])
+        lr, g, m = group["lr"], p.grad, state["exp_avg"]
+        assert g is not None
+        if found_inf is not None:
+            lr, (g,) = skip_update(found_inf, lr, [g], [m])
+
+        m.lerp_(g, 1 - group["betas"][0])
         if self.update == "normalize":
             update = m / m.square().mean().sqrt().clamp(min=group["eps"])
         else:
             update = m / (group["rho"] * state["hessian"]).clamp(min=group["eps"])
-        new = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
-        skip = torch.zeros((), device=p.device) if found_inf is None else found_inf
-        state["exp_avg"].copy_(torch.where(skip.bool(), state["exp_avg"], m))
-        p.copy_(torch.where(skip.bool(), p, new))
+        p.mul_(1 - lr * group["weight_decay"]).sub_(lr * update)

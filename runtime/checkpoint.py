@@ -1,7 +1,7 @@
-"""Checkpoints: written whole, read back with weights_only, the newest few and the best kept.
+"""Checkpoints: written atomically, read with weights_only, the newest few and the best kept.
 
-A checkpoint is one file, step_00001000.pt, of tensors and plain values alone. There is no random state in it: all
-randomness of a step derives from (seed, step).
+A checkpoint is one file, step_00001000.pt, that contains only tensors and plain values. It needs no
+random state, because all randomness of a step derives from (seed, step).
 """
 
 from __future__ import annotations
@@ -11,41 +11,56 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from data.token_files import fingerprint
 from model import GPT
 from runtime.cli import UserError, reason
-from runtime.config import FREE_KEYS, KEYS, Config, value_of
+from runtime.config import FREE_KEYS, KEYS, Config, from_stored, value_of
 from runtime.files import whole_file
 
-CONTENT = {"step": int, "validated_step": int, "config": dict, "model": dict, "optimizer": dict, "fingerprints": dict}
+Found = tuple[Path, dict[str, Any]]  # a checkpoint's path and content
+CONTENT = {
+    "step": int,
+    "validated_step": int,
+    "config": dict,
+    "model": dict,
+    "optimizer": dict,
+    "fingerprints": dict,
+}
 
 
 def path_of(run_dir: Path, step: int) -> Path:
+    """Return the path of the checkpoint after `step` updates."""
     return run_dir / f"step_{step:08d}.pt"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted(path for path in run_dir.glob("step_" + 8 * "[0-9]" + ".pt") if path.is_file())
+    """Return the run's checkpoints, oldest first."""
+    pattern = "step_" + 8 * "[0-9]" + ".pt"
+    return sorted(path for path in run_dir.glob(pattern) if path.is_file())
 
 
-def set_aside(run_dir: Path, beyond: int) -> None:
-    """Rename what bears a later step than the one that a run goes on from: damaged, or it would be its checkpoint.
+def quarantine(run_dir: Path, after: int) -> None:
+    """Rename checkpoints that are newer than the step from which a run continues.
 
-    Otherwise it would count as the newest, and a good one be removed in its place.
+    They are damaged, otherwise the run would continue from them. Left in place they would count as
+    the newest, and a good one would be removed instead.
     """
     for path in checkpoints(run_dir):
-        if path > path_of(run_dir, beyond):
+        if path > path_of(run_dir, after):
             path.rename(path.with_name(path.name + ".damaged"))
 
 
 def save(run_dir: Path, state: dict[str, Any], keep: int) -> None:
-    """Write `state` (with "step" and "best_step"), then remove all but the newest `keep` and the best.
+    """Write `state`, then remove all checkpoints but the newest `keep` and the best.
 
-    Raises UserError where the disk does not take it; the older checkpoints stay.
+    Args:
+        run_dir: the run's folder.
+        state: must have "step" and "best_step".
+        keep: how many of the newest to keep.
+
+    Raises:
+        UserError: if it cannot be written; older checkpoints stay.
     """
     path = path_of(run_dir, state["step"])
     try:
@@ -53,82 +68,128 @@ def save(run_dir: Path, state: dict[str, Any], keep: int) -> None:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{path}: cannot write ({reason(error)}); free some space and add --resume, older ones stay"
-        ) from None
+            f"{path}: cannot write ({reason(error)}); free some space and add --resume, "
+            f"older checkpoints are intact"
+        ) from error
+
     for old in checkpoints(run_dir)[:-keep]:
         if old != path_of(run_dir, state["best_step"]):
             old.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read one checkpoint onto the CPU. Nothing in it is executed. Raises UserError for a file that is not whole."""
+    """Read a checkpoint onto the CPU, without executing anything in it.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
     try:
-        if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # torch writes CRC-32s and does not read them
+        # torch.save writes CRC-32 checksums, but torch.load does not verify them.
+        damaged = zipfile.ZipFile(path).testzip()
+        if damaged is not None:
             raise ValueError(f"checksum of {damaged} differs")
-        # Mapped, not read: the ranks of a node share one copy of it in the page cache.
+
+        # Memory-mapped, so that the ranks of a node share one copy in the page cache.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(state, dict) or any(not isinstance(state.get(k), kind) for k, kind in CONTENT.items()):
+        if not isinstance(state, dict):
             raise ValueError("not a checkpoint of this trainer")
+        for key, kind in CONTENT.items():
+            if not isinstance(state.get(key), kind):
+                raise ValueError(f"not a checkpoint of this trainer: {key} is missing")
         return state
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # there is no telling what damaged bytes make the reader trip over
-        raise UserError(f"{path}: unreadable as a checkpoint ({reason(error)})") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint") from error
+    except Exception as error:  # damaged bytes can make the reader raise almost anything
+        raise UserError(f"{path}: unreadable as a checkpoint ({reason(error)})") from error
 
 
-def load_newest(run_dir: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None where the run has none. Raises UserError if all are damaged."""
+def load_newest(run_dir: Path) -> Found | None:
+    """Return the newest readable checkpoint and its path, or None if the run has none.
+
+    Raises:
+        UserError: if the run has checkpoints and all of them are damaged.
+    """
     paths = checkpoints(run_dir)
     for path in reversed(paths):
         try:
-            return load(path)
+            return path, load(path)
         except UserError as error:
-            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+            print(f"warning: {error}; trying the previous one", file=sys.stderr)
     if paths:
         raise UserError(
-            f"{run_dir}: none of its {len(paths)} checkpoints can be read; start anew in another train.out_dir"
+            f"{run_dir}: none of its {len(paths)} checkpoints can be read; "
+            f"start again with another --train.out_dir"
         )
     return None
 
 
-def open_run(config: Config, resume: bool, tokens: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """The checkpoint to continue from, if any. An existing run is refused without --resume, and never changed here."""
+def find_checkpoint(config: Config, resume: bool, fingerprints: dict[str, str]) -> Found | None:
+    """Return the checkpoint to continue from, or None for a new run. Changes nothing on disk.
+
+    Args:
+        config: the run.
+        resume: whether an existing run may be continued.
+        fingerprints: of the token file of each split.
+
+    Raises:
+        UserError: if the folder is not empty and `resume` is false, or if it belongs to a run with
+            another config or other data.
+    """
     folder = config.run_dir
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if not resume:
-        raise UserError(f"{folder}: exists; add --resume to continue it, or choose another --train.out_dir")
-    saved = load_newest(folder)
-    if saved is None:
-        print(f"{folder}: has no checkpoint yet; beginning at step 0")
-    else:
-        refuse_other_run(config, saved["config"])
-        for split, name in saved["fingerprints"].items():
-            if fingerprint(tokens[split]) != name:
-                raise UserError(f"{folder}: was begun on another {split}.bin than the one in {config.data.path}")
-    return saved
+        raise UserError(
+            f"{folder}: exists; add --resume to continue it, or choose another --train.out_dir"
+        )
+
+    newest = load_newest(folder)
+    if newest is None:
+        print(f"{folder}: has no checkpoint yet; starting at step 0")
+        return None
+    path, state = newest
+    check_same_config(config, state["config"])
+    for split, stored in state["fingerprints"].items():
+        if fingerprints[split] != stored:
+            raise UserError(
+                f"{folder}: was started with another {split}.bin than the one in {config.data.path}"
+            )
+    return path, state
+
+
+def check_same_config(config: Config, stored: dict[str, Any]) -> None:
+    """Refuse a config that differs from a stored one in any key but those of FREE_KEYS."""
+    current = config.model_dump()
+    for key in KEYS:
+        before, now = value_of(stored, key), value_of(current, key)
+        if key not in FREE_KEYS and before != now:
+            raise UserError(
+                f"{config.run_dir}: was started with {key} = {before!r}, now it is {now!r}; "
+                f"set it back, or choose another --train.out_dir"
+            )
 
 
 def load_model(path: Path) -> tuple[Config, GPT, int]:
-    """The config, the model on the CPU and the step of a checkpoint, or of the newest one in a run's folder."""
-    saved = load_newest(path) if path.is_dir() else load(path)
-    if saved is None:
-        raise UserError(f"{path}: no checkpoint in it; give a run's folder or a step_….pt file")
+    """Return the config, model (on the CPU) and step of a checkpoint.
+
+    Args:
+        path: a checkpoint, or a run's folder, whose newest checkpoint is taken.
+
+    Raises:
+        UserError: if no checkpoint can be read.
+    """
+    if path.is_dir():
+        newest = load_newest(path)
+        if newest is None:
+            raise UserError(f"{path}: contains no checkpoint; give a run's folder or a .pt file")
+        path, state = newest
+    else:
+        state = load(path)
+
     try:
-        config = Config.model_validate(saved["config"])
+        config = from_stored(state["config"])
         model = GPT(config.model)
-        model.load_state_dict(saved["model"])
-        return config, model, int(saved["step"])
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: not a checkpoint of this trainer ({reason(error)})") from None
-
-
-def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:
-    """A resumed run must be the same run: only keys that change no result may differ."""
-    now = config.model_dump()
-    for key in KEYS:  # in their order: a set's would name another key from one process to the next
-        if key not in FREE_KEYS and value_of(now, key) != (before := value_of(saved, key)):
-            raise UserError(
-                f"{config.run_dir}: was begun with {key} = {before!r}, now it is {value_of(now, key)!r}; "
-                f"set it back, or choose another --train.out_dir"
-            )
+        model.load_state_dict(state["model"])
+        return config, model, state["step"]
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this trainer ({reason(error)})") from error

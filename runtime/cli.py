@@ -1,4 +1,4 @@
-"""What a user did wrong, told in one line: what, where, and how to mend it."""
+"""Command lines and the errors of their users: one line that says what, where and how to fix it."""
 
 from __future__ import annotations
 
@@ -6,56 +6,73 @@ import argparse
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 
 class UserError(Exception):
-    """A mistake in the input (a config, a file, a flag). Its message is one line for the user, not for a debugger."""
+    """A mistake in the input: a config, a file, a flag. Its message is one line for the user."""
 
 
-def reason(error: Exception) -> str:
-    """An exception in one short line, for the message of a UserError."""
+def reason(error: BaseException) -> str:
+    """Return an exception's message as one short line, for the message of a UserError."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`. A UserError, or a disk that refuses, becomes one line on stderr and exit status 2."""
+    """Run a script's `main` and turn expected errors into exit statuses.
+
+    A UserError or OSError becomes one line on stderr and exit status 2. With DEBUG=1 in the
+    environment the traceback is printed too.
+    """
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
-            error = UserError(f"{where}{error.strerror or reason(error)}; mend that, what was written before is whole")
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same mistake; one tells it
-            print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("DEBUG") == "1":
+            traceback.print_exc()
+        # Under torchrun every rank finds the same mistake; one message is enough.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {_describe(error)}", file=sys.stderr)
         sys.exit(2)
 
 
+def _describe(error: UserError | OSError) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or reason(error)}; fix that and run the same command again"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, but its help keeps the description's lines and names defaults, and a complaint is a UserError."""
+    """An ArgumentParser that raises UserError, shows defaults and keeps its help's line breaks."""
 
     def __init__(self, description: str | None = None, **options: Any) -> None:
         layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=layout, allow_abbrev=False, **options)
+        super().__init__(
+            description=description, formatter_class=layout, allow_abbrev=False, **options
+        )
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """argparse's; the help tells the default, where there is one and the text does not."""
-        if options.get("default") not in (None, "", argparse.SUPPRESS) and "default" not in options.get("help", ""):
-            options["help"] = f"{options.get('help', '')} (default: %(default)s)".strip()
+        """Add an argument whose help names its default, unless the text already does."""
+        text = options.get("help", "")
+        if options.get("default") not in (None, "", argparse.SUPPRESS) and "default" not in text:
+            options["help"] = f"{text} (default: %(default)s)".strip()
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number from `low` to `high`, refused outside with the bounds in the message."""
+def number(
+    kind: type[int] | type[float], low: float, high: float = math.inf
+) -> Callable[[str], float]:
+    """Return an argparse type that accepts numbers from `low` to `high`."""
 
     def convert(text: str) -> float:
         value = kind(text)
@@ -64,5 +81,5 @@ def number(kind: type[int] | type[float], low: float, high: float = math.inf) ->
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    convert.__name__ = kind.__name__  # argparse prints it when the text cannot be converted
     return convert

@@ -1,14 +1,15 @@
-"""Files that are whole or absent, whenever the process or the machine stops; folders that one process writes to."""
+"""Atomic writes, and folders that only one process writes to."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from runtime.cli import UserError
 
@@ -17,7 +18,10 @@ UNFINISHED = ".tmp"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write `path`'s new content into: it replaces the old one on leaving, or never, if writing fails."""
+    """Open a file whose content replaces `path` when the block ends, and never if it fails.
+
+    The content and the new name survive a crash of the machine once the block has ended.
+    """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
@@ -28,18 +32,33 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(FileNotFoundError):
             unfinished.unlink()
+
+    # The rename is durable only once the folder is synced too.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself must survive a power cut
+        os.fsync(folder)
     finally:
         os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, atomically."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` to `path` as indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 @contextmanager
 def locked(folder: Path, wait_s: float = 5.0) -> Iterator[None]:
-    """Have `folder` to oneself, until the block or the process ends, however it ends; then remove unfinished files.
+    """Hold an exclusive lock on `folder` until the block or the process ends.
 
-    Waits a little, for the children of a killed predecessor to be gone. Raises UserError where another process stays.
+    Waits up to `wait_s` seconds, because children of a killed process may hold the lock a little
+    longer. Removes unfinished files once it has the lock. Raises UserError if another process
+    keeps it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + wait_s
@@ -48,13 +67,17 @@ def locked(folder: Path, wait_s: float = 5.0) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except BlockingIOError as error:
                 if time.monotonic() > deadline:
-                    raise UserError(f"{folder}: another process writes here; wait for it or use another") from None
+                    raise UserError(
+                        f"{folder}: another process writes here; wait for it or use another folder"
+                    ) from error
                 time.sleep(0.1)
+
         for unfinished in folder.glob(f"*{UNFINISHED}"):
             unfinished.unlink()
         yield
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it with forked children
+        # Unlock explicitly: closing would leave the lock with forked children.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -1,8 +1,8 @@
-"""Weights in Hugging Face's GPT-2 format, both ways.
+"""Weights in Hugging Face's GPT-2 format, in both directions.
 
-The two models differ in names, in the linear maps (theirs are transposed and always have biases) and in the embedding's
-padding rows (ours alone). Theirs are read from the files themselves, config.json and *.safetensors; transformers is
-not needed for that.
+The two models differ in names, in the linear layers (theirs are transposed and always have biases)
+and in the padding rows of the embedding (only ours has them). Weights are read directly from
+config.json and *.safetensors, so transformers is not needed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from model import GPT
+from model import GPT, ModelConfig
 from runtime.cli import UserError, reason
-from runtime.config import ModelConfig
+from runtime.run_folder import METRICS
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-# Our key of [model] → theirs in config.json, with GPT-2's own value where the file says nothing.
+# Our key in [model] → theirs in config.json, and GPT-2's own value if the file has none.
 SHAPE = {
     "n_layer": ("n_layer", 12),
     "n_head": ("n_head", 12),
@@ -27,7 +28,7 @@ SHAPE = {
     "vocab_size": ("vocab_size", 50257),
     "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", False),
 }
-# What our model cannot do otherwise.
+# Settings that our model does not offer in any other way.
 FIXED = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -37,8 +38,11 @@ FIXED = {
 }
 
 
+# ---- Ours to theirs ------------------------------------------------------------------------------
+
+
 def to_hugging_face(model: GPT) -> dict[str, Tensor]:
-    """Our weights under the names and in the shapes of GPT2LMHeadModel; biases that the model has not are 0."""
+    """Return our weights with the names and shapes of GPT2LMHeadModel; missing biases are 0."""
     tensors: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
         if name == "wte.weight":
@@ -46,46 +50,122 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
         elif _is_linear(name):
             weight = weight.T
         tensors[_their_name(name)] = weight.contiguous()
+
         if not model.config.bias and not name.startswith(("wte", "wpe")):
-            tensors[_their_name(name).removesuffix("weight") + "bias"] = weight.new_zeros(weight.shape[-1])
+            bias = _their_name(name).removesuffix("weight") + "bias"
+            tensors[bias] = weight.new_zeros(weight.shape[-1])
     return tensors
 
 
-@torch.no_grad()
-def load_weights(model: GPT, source: str) -> None:
-    """Copy the weights of a folder in Hugging Face's format, or of one of OpenAI's models, into ours.
+def hugging_face_config(config: ModelConfig, end_of_text: int) -> dict[str, Any]:
+    """Return the arguments of transformers' GPT2Config for a model of this shape."""
+    arguments: dict[str, Any] = {name: getattr(config, key) for key, (name, _) in SHAPE.items()}
+    arguments |= FIXED
+    arguments |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    arguments |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    return arguments | {"n_positions": config.block_size}
 
-    A shorter block_size takes the first positions. Raises UserError where the shapes or the kind of model differ.
+
+# ---- Theirs to ours ------------------------------------------------------------------------------
+
+
+def load_weights_on_all_ranks(model: GPT, source: str) -> None:
+    """Load weights on rank 0 and send them to the other ranks."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        load_weights(model, source)
+    if dist.is_initialized():
+        for weight in model.state_dict().values():
+            dist.broadcast(weight, src=0)
+
+
+def load_weights(model: GPT, source: str) -> None:
+    """Copy weights into our model; a shorter block_size takes the first positions.
+
+    Args:
+        model: its shape must fit.
+        source: a folder in Hugging Face's format, or the name of one of OpenAI's models.
+
+    Raises:
+        UserError: if the weights cannot be read, or the shapes or kinds of model differ.
     """
-    folder = _folder(source)
+    config, tensors = read_folder(source)
+    check_shape(source, config, model.config)
+    copy_weights(source, tensors, model)
+
+
+def read_folder(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config (without null values) and the tensors of a folder or an OpenAI model."""
+    folder = _find_folder(source)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("config.json is no object")
+            raise ValueError("config.json is not a JSON object")
         tensors = _read_tensors(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        ours = "; it is a run's folder: export it first with scripts/export_hf.py" * (folder / "metrics.jsonl").exists()
-        raise UserError(f"{source}: no weights in Hugging Face's format ({reason(error)}){ours}") from None
-    config = {key: value for key, value in config.items() if value is not None}
-    _refuse_other_shape(source, config, model.config)
-    biased = any(name.endswith(".bias") and tensor.any() for name, tensor in tensors.items())
-    if biased and not model.config.bias:
+        message = f"{source}: not weights in Hugging Face's format ({reason(error)})"
+        if (folder / METRICS).exists():
+            message += "; this is a run's folder: export it first with scripts/export_hf.py"
+        raise UserError(message) from error
+    return {key: value for key, value in config.items() if value is not None}, tensors
+
+
+def check_shape(source: str, theirs: dict[str, Any], ours: ModelConfig) -> None:
+    """Refuse a config.json that describes another model than ours."""
+    for key, (name, default) in SHAPE.items():
+        found = theirs.get(name, default)
+        if found != getattr(ours, key):
+            value = json.dumps(found)
+            raise UserError(
+                f"{source}: has {name} = {value}, the model {getattr(ours, key)}; "
+                f"add --model.{key}={value}"
+            )
+
+    positions = theirs.get("n_positions", 1024)
+    if type(positions) is not int or positions < ours.block_size:
+        raise UserError(
+            f"{source}: has {positions} positions, the model {ours.block_size}; "
+            f"add --model.block_size={positions}"
+        )
+    for key, fixed in FIXED.items():
+        if theirs.get(key, fixed) != fixed:
+            raise UserError(
+                f"{source}: has {key} = {theirs[key]}; this model supports only {fixed}"
+            )
+    if not ours.causal:
+        raise UserError(
+            f"{source}: predicts the next token and cannot initialize a model with "
+            f"model.causal = false"
+        )
+
+
+@torch.no_grad()
+def copy_weights(source: str, tensors: dict[str, Tensor], model: GPT) -> None:
+    """Copy tensors with GPT2LMHeadModel's names into our model."""
+    has_biases = any(name.endswith(".bias") and t.any() for name, t in tensors.items())
+    if has_biases and not model.config.bias:
         raise UserError(f"{source}: has biases; add --model.bias=true")
-    weights = model.state_dict()
-    missing = [name for name in weights if _their_name(name) not in tensors]
-    if missing:
-        raise UserError(f"{source}: has no tensor {_their_name(missing[0])}; is it a GPT2LMHeadModel?")
-    for name, weight in weights.items():
-        theirs = tensors[_their_name(name)]
-        theirs = theirs.T if _is_linear(name) else theirs
-        rows = weight[: len(theirs)] if name == "wte.weight" else weight  # not the padding
-        if name == "wpe.weight":
+
+    # Check everything before the first weight is changed.
+    pairs = []
+    for name, weight in model.state_dict().items():
+        their_name = _their_name(name)
+        if their_name not in tensors:
+            raise UserError(f"{source}: has no tensor {their_name}; is it a GPT2LMHeadModel?")
+        theirs = tensors[their_name]
+        if _is_linear(name):
+            theirs = theirs.T
+        elif name == "wte.weight":
+            weight = weight[: len(theirs)]  # not the padding rows
+        elif name == "wpe.weight":
             theirs = theirs[: len(weight)]
-        if rows.shape != theirs.shape:
-            raise UserError(f"{source}: {_their_name(name)} is {tuple(theirs.shape)}, not {tuple(rows.shape)}")
+        if weight.shape != theirs.shape:
+            shapes = f"{tuple(theirs.shape)}, not {tuple(weight.shape)}"
+            raise UserError(f"{source}: {their_name} has shape {shapes}")
         if not theirs.isfinite().all():
-            raise UserError(f"{source}: {_their_name(name)} has entries that are no numbers")
-        rows.copy_(theirs)
+            raise UserError(f"{source}: {their_name} has entries that are NaN or infinite")
+        pairs.append((weight, theirs))
+    for weight, theirs in pairs:
+        weight.copy_(theirs)
 
 
 def _their_name(name: str) -> str:
@@ -93,66 +173,49 @@ def _their_name(name: str) -> str:
 
 
 def _is_linear(name: str) -> bool:
-    """Of a matrix that is no embedding."""
+    """Return whether the parameter is the weight of a linear layer."""
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def _folder(source: str) -> Path:
+def _find_folder(source: str) -> Path:
+    """Return the folder itself, or download one of OpenAI's models."""
     if source not in OPENAI or Path(source).exists():
         return Path(source)
     from huggingface_hub import snapshot_download
 
+    repository = f"openai-community/{source}"
     try:
-        return Path(snapshot_download(f"openai-community/{source}", allow_patterns=["config.json", "*.safetensors"]))
-    except Exception as error:  # the hub's own errors, requests', and httpx's
+        patterns = ["config.json", "*.safetensors"]
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # the hub's own errors, and those of its HTTP library
         raise UserError(
-            f"{source}: cannot be downloaded ({reason(error)}); a folder with its config.json and model.safetensors "
-            f"does as well"
-        ) from None
+            f"{source}: cannot be downloaded ({reason(error)}); a folder with its config.json and "
+            f"model.safetensors works as well"
+        ) from error
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(
+            "safetensors is missing: python -m pip install -r requirements-hub.txt"
+        ) from error
 
-    index = folder / "model.safetensors.index.json"  # of a model in several files
     names = {"model.safetensors"}
+    index = folder / "model.safetensors.index.json"  # of a model in several files
     if index.exists():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    for file in names:
         try:
-            tensors |= load_file(folder / name)
+            loaded = load_file(folder / file)
         except SafetensorError as error:
-            raise ValueError(f"{name}: {reason(error)}") from None
-    # OpenAI's files lack the prefix, and hold the causal mask as attn.bias.
-    named = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-
-
-def _refuse_other_shape(source: str, theirs: dict[str, Any], ours: ModelConfig) -> None:
-    for key, (name, default) in SHAPE.items():
-        if theirs.get(name, default) != getattr(ours, key):
-            value = json.dumps(theirs.get(name, default))
-            raise UserError(
-                f"{source}: has {name} = {value}, the model {getattr(ours, key)}; add --model.{key}={value}"
-            )
-    positions = theirs.get("n_positions", 1024)
-    if type(positions) is not int or positions < ours.block_size:
-        raise UserError(
-            f"{source}: knows {positions} positions, the model has {ours.block_size}; "
-            f"add --model.block_size={positions}"
-        )
-    for key, fixed in FIXED.items():
-        if theirs.get(key, fixed) != fixed:
-            raise UserError(f"{source}: has {key} = {theirs[key]}, and this model only knows {fixed}")
-    if not ours.causal:
-        raise UserError(f"{source}: predicts the next token; it is no start for model.causal = false")
-
-
-def hugging_face_config(config: ModelConfig, end_of_text: int) -> dict[str, Any]:
-    """The arguments of transformers' GPT2Config for a model of this shape, without dropout."""
-    shape = {name: getattr(config, key) for key, (name, _) in SHAPE.items()}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    return shape | FIXED | dropout | tokens | {"n_positions": config.block_size}
+            raise ValueError(f"{file}: {reason(error)}") from error
+        for name, tensor in loaded.items():
+            # OpenAI's files lack the prefix, and contain the causal mask as attn.bias.
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):
+                tensors[f"transformer.{name.removeprefix('transformer.')}"] = tensor
+    return tensors

@@ -1,4 +1,8 @@
-"""Mirrors of metrics.jsonl, if asked: wandb, TensorBoard. The truth is the file; these may fail, or be made later."""
+"""Experiment trackers: Weights & Biases and TensorBoard.
+
+They mirror metrics.jsonl, which stays the source of truth. A tracker that fails never stops a run,
+and can be filled again later from the file.
+"""
 
 from __future__ import annotations
 
@@ -9,167 +13,224 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from runtime.cli import UserError, reason
 from runtime.config import Config
-from runtime.plan import step_flops
+from runtime.cost import step_flops
+from runtime.run_folder import METRICS, ROOT, read_metrics
 
-# What a validation loss is drawn against at wandb, besides the step. flops: of all steps so far, estimates counted.
+# What wandb can draw a validation loss against, besides the step. flops: of all steps so far,
+# estimates included.
 AXES = ("tokens", "seconds", "flops")
 
 
 def check_installed(config: Config) -> None:
-    """Raise UserError where a mirror's package is missing, before anything of the run exists."""
-    asked = {"wandb": config.wandb.mode != "disabled", "tensorboard": config.train.tensorboard}
-    for name, needed in asked.items():
-        if needed and not importlib.util.find_spec(name):
-            raise UserError(f"{name} is missing: python -m pip install {name}, or train without it")
+    """Refuse a config whose tracker is not installed, before anything of the run exists."""
+    wanted = {}
+    if config.wandb.mode != "disabled":
+        wanted["wandb"] = "requirements.txt"
+    if config.train.tensorboard:
+        wanted["tensorboard"] = "requirements-extras.txt"
+    for name, file in wanted.items():
+        if not importlib.util.find_spec(name):
+            raise UserError(
+                f"{name} is missing: python -m pip install -r {file}, or train without it"
+            )
 
 
-def start_wandb(config: Config, folder: Path, resolved: dict[str, Any], records: list[dict[str, Any]]) -> Any:
-    """A wandb run for the run in `folder`: online if asked and possible, else offline, else None.
+def is_tracked(record: dict[str, Any]) -> bool:
+    """Return whether trackers get this record: a validation, or the last of a log interval."""
+    return "val_loss" in record or "tokens_per_second" in record
 
-    Nothing that wandb raises stops a run.
+
+class WandbTracker:
+    """Mirrors a run to Weights & Biases: online if asked and possible, otherwise offline.
+
+    The wandb run has one id for its whole life, kept in the run's folder. Online, wandb reports
+    how far it has got, and everything after that is sent again. Offline, its file is rewritten
+    from `records`. So no point is lost or doubled.
+
+    Args:
+        config: the run; its `wandb.mode` must not be "disabled".
+        folder: the run's folder.
+        environment: goes to wandb as part of the config.
+        records: the lines of metrics.jsonl so far.
     """
-    if config.wandb.mode == "disabled":
-        return None
-    if config.wandb.mode == "online":
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        environment: dict[str, Any],
+        records: list[dict[str, Any]],
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.run: Any = None
+        resolved = config.model_dump() | {"environment": environment}
+
+        if config.wandb.mode == "online":
+            try:
+                self._start("online", resolved, records)
+                return
+            except Exception as error:
+                self._give_up(error, "continuing offline")
         try:
-            return open_wandb(config, "online", folder, resolved, records)
+            self._start("offline", resolved, records)
         except Exception as error:
-            give_up_wandb(error, "going on offline")  # wandb would hold on to the id of the run that failed
-    try:
-        return open_wandb(config, "offline", folder, resolved, records)
-    except Exception as error:
-        give_up_wandb(error, "going on without it")
-    return None
+            self._give_up(error, "continuing without it")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Send one record of metrics.jsonl."""
+        if self.run is None:
+            return
+        try:
+            self._send(record)
+        except Exception as error:
+            self._give_up(error, "continuing without it")
+
+    def close(self) -> None:
+        """Write the final numbers as the run's summary, and finish the upload."""
+        if self.run is None:
+            return
+        try:
+            records = read_metrics(self.folder / METRICS)
+            self.run.summary.update(summarize(records))
+            self.run.finish()
+        except Exception as error:
+            self._give_up(error, "continuing without it")
+
+    def _start(
+        self,
+        mode: Literal["online", "offline"],
+        resolved: dict[str, Any],
+        records: list[dict[str, Any]],
+    ) -> None:
+        import wandb
+
+        if mode == "offline":
+            for old in (self.folder / "wandb").glob("*run-*"):
+                shutil.rmtree(old)
+
+        self.run = wandb.init(
+            project=self.config.wandb.project,
+            group=self.config.experiment,
+            name=self.config.run,
+            config=resolved,
+            id=_run_id(self.folder),
+            dir=str(self.folder),
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(init_timeout=60),
+        )
+
+        # Plot against our own step, because wandb's counts calls of log().
+        self.run.define_metric("*", step_metric="step")
+        for axis in AXES:
+            self.run.define_metric(axis)
+            self.run.define_metric(f"val_loss_by_{axis}", step_metric=axis)
+
+        known = self.run.step
+        for record in records:
+            if record["step"] >= known and is_tracked(record):
+                self._send(record)
+        if self.config.wandb.save_code:
+            upload_code(self.run)
+
+    def _send(self, record: dict[str, Any]) -> None:
+        row = record | {"flops": record["step"] * step_flops(self.config)}
+        if "val_loss" in record:
+            for axis in AXES:  # one copy per axis that it can be plotted against
+                row[f"val_loss_by_{axis}"] = record["val_loss"]
+        self.run.log(row, step=record["step"])
+
+    def _give_up(self, error: Exception, then: str) -> None:
+        import wandb
+
+        self.run = None
+        print(
+            f"warning: wandb: {reason(error)}; {then}, upload later with scripts/wandb_sync.py",
+            file=sys.stderr,
+        )
+        # Otherwise wandb would keep the id of the failed run, and contact its own process once
+        # more when the interpreter exits.
+        with suppress(Exception):
+            wandb.teardown()
 
 
-def open_wandb(
-    config: Config,
-    mode: Literal["online", "offline"],
-    folder: Path,
-    resolved: dict[str, Any],
-    records: list[dict[str, Any]],
-) -> Any:
-    """A wandb run named like ours, in the experiment's group, that has the `records` of metrics.jsonl already.
+class TensorBoardTracker:
+    """Mirrors a run to RUN/tensorboard, which is rewritten from `records` on every start."""
 
-    It has one id for its whole life, kept in the run's folder. Online, wandb says how far it has come and ignores what
-    it has; what a killed process did not get through is sent again. Offline, its file is written anew from `records`.
-    So no point is lost or doubled.
-    """
-    import wandb
+    def __init__(self, folder: Path, records: list[dict[str, Any]]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    if mode == "offline":
-        for old in (folder / "wandb").glob("*run-*"):
-            shutil.rmtree(old)
-    id_file = folder / "wandb_id"
-    if not id_file.exists():
-        in_sweep = "WANDB_SWEEP_ID" in os.environ  # then the agent has chosen
-        id_file.write_text(os.environ["WANDB_RUN_ID"] if in_sweep else secrets.token_hex(4))
-    run = wandb.init(
-        project=config.wandb.project,
-        group=config.experiment,
-        name=config.run,
-        config=resolved,
-        id=id_file.read_text().strip(),
-        dir=str(folder),
-        mode=mode,
-        resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(init_timeout=60),
-    )
-    # Our own step, because wandb's counts log calls.
-    run.define_metric("*", step_metric="step")
-    for axis in AXES:
-        run.define_metric(axis)
-        run.define_metric(f"val_loss_by_{axis}", step_metric=axis)
-    known = run.step
-    for record in records:
-        if record["step"] >= known and is_mirrored(record):
-            run.log(for_wandb(config, record), step=record["step"])
-    if config.wandb.save_code:
-        upload_code(run)
-    return run
+        path = folder / "tensorboard"
+        shutil.rmtree(path, ignore_errors=True)
+        self.writer = SummaryWriter(str(path))
+        for record in records:
+            if is_tracked(record):
+                self.log(record)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one record of metrics.jsonl."""
+        try:
+            for key, value in record.items():
+                if key != "step":
+                    self.writer.add_scalar(key, value, record["step"])
+        except OSError as error:
+            print(f"warning: tensorboard: {reason(error)}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        with suppress(OSError):
+            self.writer.close()
 
 
-def succeeds(call: Callable[[], None]) -> bool:
-    """Call wandb. If that fails (its own process may be killed, say) the run goes on without it."""
-    try:
-        call()
-    except Exception as error:
-        give_up_wandb(error, "going on without it")
-        return False
-    return True
+Tracker = WandbTracker | TensorBoardTracker
 
 
-def give_up_wandb(error: Exception, then: str) -> None:
-    import wandb
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a run's final numbers: its last validation, median times, share of clipped steps."""
+    summary: dict[str, Any] = {}
+    steps = [record for record in records if "loss" in record]
+    validations = [record for record in records if "val_loss" in record]
 
-    print(f"warning: wandb: {reason(error)}; {then}, upload later with scripts/wandb_sync.py", file=sys.stderr)
-    with suppress(Exception):
-        wandb.teardown()  # or it asks for its process once more at the interpreter's end
-
-
-def for_wandb(config: Config, record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the FLOPs so far; a validation's loss once more for each axis to draw it against."""
-    flops = record["step"] * step_flops(config.model, config.train.batch_size, config.optimizer)
-    losses = {f"val_loss_by_{axis}": record["val_loss"] for axis in AXES} if "val_loss" in record else {}
-    return record | {"flops": flops} | losses
-
-
-def finish_wandb(run: Any, records: list[dict[str, Any]]) -> None:
-    """Close the run, with one line of compare.py's tables as its summary."""
-    steps = [r for r in records if "loss" in r]
-    validations = [r for r in records if "val_loss" in r]
-    summary = {f"final/{key}": validations[-1][key] for key in ("step", "tokens", "seconds", "val_loss") if validations}
+    if validations:
+        for key in ("step", "tokens", "seconds", "val_loss"):
+            summary[f"final/{key}"] = validations[-1][key]
     for key in ("step_ms", "hessian_ms"):
-        if values := [r[key] for r in steps if key in r]:
-            summary[f"final/{key}"] = statistics.median(values)
+        times = [record[key] for record in steps if key in record]
+        if times:
+            summary[f"final/{key}"] = statistics.median(times)
     if steps:
-        summary["final/clipped_share"] = sum(r["clipped"] for r in steps) / len(steps)
-    run.summary.update(summary)
-    run.finish()
+        summary["final/clipped_share"] = sum(record["clipped"] for record in steps) / len(steps)
+    return summary
 
 
 def upload_code(run: Any) -> None:
-    """The files that git knows, as they are now, as an artifact of the run."""
+    """Upload the files that git tracks, as they are now, as an artifact of the wandb run."""
     import wandb
 
-    root = Path(__file__).resolve().parents[1]
-    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True).stdout
-    files = [name for name in listed.split("\0") if (root / name).is_file()]
-    if not files:
-        print("warning: wandb.save_code: git knows no file here; nothing is uploaded", file=sys.stderr)
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True
+    )
+    names = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+    if not names:
+        print("warning: wandb.save_code: no file is tracked by git here", file=sys.stderr)
         return
+
     artifact = wandb.Artifact(f"code-{run.id}", type="code")
-    for name in files:
-        artifact.add_file(str(root / name), name=name)
+    for name in names:
+        artifact.add_file(str(ROOT / name), name=name)
     run.log_artifact(artifact)
 
 
-def start_tensorboard(config: Config, records: list[dict[str, Any]]) -> Any:
-    """A writer to RUN/tensorboard that begins anew from the `records` of metrics.jsonl, so that no point is doubled."""
-    if not config.train.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    folder = config.run_dir / "tensorboard"
-    shutil.rmtree(folder, ignore_errors=True)
-    writer = SummaryWriter(str(folder))
-    for record in filter(is_mirrored, records):
-        write_scalars(writer, record)
-    return writer
-
-
-def write_scalars(writer: Any, record: dict[str, Any]) -> None:
-    for key in record.keys() - {"step"}:
-        writer.add_scalar(key, record[key], record["step"])
-
-
-def is_mirrored(record: dict[str, Any]) -> bool:
-    """wandb and TensorBoard get validations and the last line of each log interval, the one with the throughput."""
-    return "val_loss" in record or "tokens_per_second" in record
+def _run_id(folder: Path) -> str:
+    path = folder / "wandb_id"
+    if not path.exists():
+        is_sweep = "WANDB_SWEEP_ID" in os.environ  # then wandb's agent has chosen the id
+        path.write_text(os.environ["WANDB_RUN_ID"] if is_sweep else secrets.token_hex(4))
+    return path.read_text().strip()

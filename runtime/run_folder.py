@@ -1,0 +1,101 @@
+"""The files in a run's folder besides checkpoints: config.json, environment.json, metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.cli import UserError
+
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Return what a reader needs to repeat a run: commit, versions, device, command."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changes = subprocess.run(
+        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+    )
+    name = f"{device.type}, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+
+    return {
+        "commit": commit.stdout.strip() or None,
+        "uncommitted_changes": bool(changes.stdout.strip()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": name,
+        "world_size": world_size,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return a run's environment.json, or {} if it does not exist.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / ENVIRONMENT
+    try:
+        environment = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(environment, dict) or not isinstance(environment.get("data", {}), dict):
+            raise ValueError("not a JSON object")
+        return environment
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: damaged; restore it from a backup or move it away (the run itself is intact)"
+        ) from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, with null as NaN.
+
+    A damaged line, such as one that was being written when the process was killed, is skipped
+    with a warning.
+    """
+    records = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_parse_line(line))
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            print(f"warning: {path}, line {number}: damaged, skipped", file=sys.stderr)
+    return records
+
+
+def _parse_line(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    for key, value in record.items():
+        if value is None:
+            record[key] = math.nan
+        elif not isinstance(value, int | float):
+            raise ValueError(f"{key} is not a number")
+    if not isinstance(record["step"], int) or not {"tokens", "seconds"} <= record.keys():
+        raise ValueError("not a record of metrics.jsonl")
+    return record
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """Return a record as one line of metrics.jsonl, with NaN and infinity as null."""
+    content = {}
+    for key, value in record.items():
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        content[key] = value if is_finite else None
+    return json.dumps(content) + "\n"
