@@ -1,213 +1,332 @@
-"""The typed schema of a run: every key with its type, bounds, default and meaning.
+"""The schema of a run: every key with its type, bounds, default and meaning.
 
-What is unknown, of another type or out of range is refused; experiment.py says so in one line.
+A key that does not exist, has another type or is out of bounds is refused in one line.
 """
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from model import ModelConfig
+from runtime.cli import UserError
 
 PATH = r"^[^\x00-\x1f]+$"  # no control characters
 
 
 class Section(BaseModel):
-    """Strict: an unknown key or a value of another type is an error, and nothing changes after loading."""
+    """A strict and immutable section: keys must exist and values must have the right type."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelConfig(Section):
-    """The GPT-2 shape."""
-
-    n_layer: int = Field(gt=0, le=1000, description="transformer blocks")
-    n_head: int = Field(gt=0, le=1000, description="attention heads a block")
-    n_embd: int = Field(gt=0, le=100_000, description="channels, a multiple of n_head")
-    block_size: int = Field(1024, gt=0, le=1_000_000, description="context length, tokens")
-    vocab_size: int = Field(50257, gt=1, le=65536, description="tokens in the vocabulary")
-    scale_attn_by_inverse_layer_idx: bool = Field(True, description="layer i (from 1) divides attention scores by i")
-    bias: bool = Field(False, description="biases in linear maps and norms, which OpenAI's weights have")
-    causal: bool = Field(True, description="predict the next token; false: fill in masked ones, seeing both sides")
-
-    @model_validator(mode="after")
-    def _heads_divide_channels(self) -> ModelConfig:
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
-        return self
-
-    @property
-    def mask_token(self) -> int:
-        """What stands in a masked token's place: the vocabulary's last token, which no text may have."""
-        return self.vocab_size - 1
-
-    @property
-    def text_vocab_size(self) -> int:
-        """Tokens that a text may have."""
-        return self.vocab_size if self.causal else self.mask_token
-
-    @property
-    def labels_per_sequence(self) -> int:
-        """How many tokens of a sequence the loss predicts: all, or BERT's 15 % (arXiv 1810.04805, section 3.1)."""
-        return self.block_size if self.causal else max(1, round(0.15 * self.block_size))
 
 
 class DataConfig(Section):
     """Where the tokens are."""
 
-    path: str = Field(pattern=PATH, description="folder with train.bin, val.bin and (if made here) meta.json")
+    path: str = Field(
+        pattern=PATH, description="folder with train.bin, val.bin and, if made here, meta.json"
+    )
 
 
 class TrainConfig(Section):
-    """All that is shared by the optimizers. A step is one parameter update."""
+    """Everything that the optimizers share. A step is one parameter update."""
 
     max_steps: int = Field(gt=0, le=10**9, description="steps of the whole, fully decayed schedule")
-    seed: int = Field(1337, ge=0, lt=2**63, description="initial weights, data order, sampled labels, probes")
-    batch_size: int = Field(
-        480, gt=0, le=1_000_000, description="sequences a step over all ranks; accumulation is derived"
+    seed: int = Field(
+        1337, ge=0, lt=2**63, description="initial weights, data order, sampled labels, probes"
     )
-    micro_batch_size: int = Field(12, gt=0, le=1_000_000, description="sequences a rank processes at once")
+    batch_size: int = Field(
+        480,
+        gt=0,
+        le=1_000_000,
+        description="sequences per step over all ranks; gradient accumulation is derived",
+    )
+    micro_batch_size: int = Field(
+        12, gt=0, le=1_000_000, description="sequences that a rank processes at once"
+    )
     warmup_steps: int = Field(2000, ge=0, le=10**9, description="steps of linear warm-up")
     loss_chunk: int = Field(
-        0, ge=0, le=10**9, description="tokens whose logits are in memory at once; 0: a micro-batch's"
+        0, ge=0, le=10**9, description="compute logits for this many tokens at a time; 0: all"
     )
-    shard_optimizer: bool = Field(False, description="each rank keeps a share of the optimizer's state (ZeRO-1)")
-    final_lr_ratio: float = Field(0.05, ge=0, le=1, description="last learning rate / peak, by a cosine")
-    grad_clip: float = Field(1.0, ge=0, description="clip the gradient's global norm here; 0 is off")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="autocast type; weights stay fp32")
-    compile: bool = Field(True, description="torch.compile the model, Sophia's estimator and step")
-    device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="auto: CUDA, else MPS, else CPU")
+    shard_optimizer: bool = Field(
+        False, description="each rank keeps a part of the optimizer's state (ZeRO-1)"
+    )
+    final_lr_ratio: float = Field(
+        0.05, ge=0, le=1, description="final / peak learning rate of the cosine schedule"
+    )
+    grad_clip: float = Field(
+        1.0, ge=0, description="clip the global norm of the gradient to this; 0: off"
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="autocast type; weights stay fp32"
+    )
+    compile: bool = Field(True, description="torch.compile the model, estimator and optimizer step")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "auto", description="auto: CUDA if available, else MPS, else CPU"
+    )
     eval_interval: int = Field(1000, gt=0, description="steps between validations")
-    eval_windows: int = Field(0, ge=0, description="validation windows (block_size tokens each); 0: the whole split")
-    max_bad_steps: int = Field(10, gt=0, description="stop after so many steps in a row whose loss is no number")
-    log_interval: int = Field(10, gt=0, description="steps between log lines, where the device is waited for")
+    eval_windows: int = Field(
+        0, ge=0, description="validation windows (of block_size tokens); 0: the whole split"
+    )
+    max_bad_steps: int = Field(
+        10, gt=0, description="stop after this many consecutive non-finite steps"
+    )
+    log_interval: int = Field(
+        10, gt=0, description="steps between log lines; numbers are fetched from the device then"
+    )
     checkpoint_interval: int = Field(1000, gt=0, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept, besides the best")
-    tensorboard: bool = Field(False, description="write the numbers for TensorBoard too, into the run's folder")
+    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints to keep, plus the best")
+    tensorboard: bool = Field(False, description="also write TensorBoard files to the run's folder")
     out_dir: str = Field("out", pattern=PATH, description="a run writes to OUT_DIR/EXPERIMENT/RUN")
     init_from: str = Field(
-        "", description="start from these weights: a folder in Hugging Face's format, or gpt2, gpt2-medium, -large, -xl"
+        "",
+        description="start from these weights: a folder in Hugging Face's format, or gpt2, "
+        "gpt2-medium, gpt2-large, gpt2-xl",
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# One class per optimizer
 
 
 class OptimizerConfig(Section):
-    """One optimizer; a key that it does not have is refused."""
+    """The keys that every optimizer has."""
 
-    name: Literal[
-        "adamw",
-        "lion",
-        "sophia-g",
-        "sophia-h",
-        "sophia-ablation",
-        "adahessian",
-        "muon",
-        "soap",
-    ] = Field(description="the optimizer")
+    name: str = Field(description="the optimizer")
     lr: float = Field(gt=0, description="peak learning rate")
     beta1: float = Field(ge=0, lt=1, description="decay of the momentum")
-    beta2: float = Field(ge=0, lt=1, description="decay of the second moment, or of Sophia's Hessian estimate")
-    weight_decay: float = Field(ge=0, description="decoupled, times lr, on matrices alone")
-    eps: float | None = Field(None, gt=0, description="sophia: floor of rho·h; others: added to the root")
-    rho: float | None = Field(None, gt=0, description="sophia: an entry moves less than lr where |m| < rho·h")
-    hessian_interval: int | None = Field(None, gt=0, le=10**9, description="sophia: steps between estimates (k)")
-    hessian_batch_size: int | None = Field(
-        None, gt=0, le=10**9, description="sophia: sequences an estimate over all ranks"
+    beta2: float = Field(
+        ge=0, lt=1, description="decay of the second moment, or of Sophia's Hessian estimate"
     )
-    hessian_micro_batch_size: int | None = Field(
-        None, gt=0, description="sophia: most sequences a rank estimates on at once (default: as fit)"
+    weight_decay: float = Field(
+        ge=0, description="decoupled, multiplied by lr; applied to weight matrices only"
     )
-    estimator: Literal["gnb", "hutchinson", "empirical-fisher", "none"] | None = Field(
-        None, description="sophia-ablation: where h comes from; none: h is 0, the sign of the momentum"
-    )
-    average: Literal["mean", "root-mean-square"] | None = Field(
-        None, description="sophia-ablation: of the estimates; Sophia takes the mean"
-    )
-    update: Literal["clip", "divide", "normalize"] | None = Field(
-        None, description="sophia-ablation: what bounds a step; Sophia clips"
-    )
-
-    @model_validator(mode="after")
-    def _keys_of_this_optimizer(self) -> OptimizerConfig:
-        hessian: set[str] = set() if self.hessian_estimator == "none" else {"hessian_interval", "hessian_batch_size"}
-        sophia = {"eps", "rho", *hessian}
-        of_name: dict[str, set[str]] = {
-            "lion": set(),
-            "sophia-g": sophia,
-            "sophia-h": sophia,
-            "sophia-ablation": {*sophia, "estimator", "average", "update"},
-            "adahessian": {"eps", *hessian},
-        }
-        required = of_name.get(self.name, {"eps"})
-        optional = {"hessian_micro_batch_size"} if hessian else set()
-        keys = list(type(self).model_fields)[5:]  # after those that all have
-        given = {key for key in keys if getattr(self, key) is not None}
-        for key in (key for key in keys if key in required - given):
-            raise ValueError(f"{self.name} needs {key}")
-        for key in (key for key in keys if key in given - required - optional):
-            raise ValueError(f"{key} is no key of {self.name}")
-        return self
-
-    @property
-    def is_sophia(self) -> bool:
-        return self.name.startswith("sophia")
 
     @property
     def hessian_estimator(self) -> str:
-        """Where the diagonal of the Hessian comes from: "gnb", "hutchinson", "empirical-fisher", or "none"."""
-        of_name = {"sophia-g": "gnb", "sophia-h": "hutchinson", "adahessian": "hutchinson"}
-        return of_name.get(self.name) or self.estimator or "none"
+        """The estimator of the Hessian's diagonal, or "none"."""
+        return "none"
+
+
+class _WithEps(OptimizerConfig):
+    eps: float = Field(gt=0, description="added to the denominator; Sophia: lower bound of rho·h")
+
+
+class _WithHessian(_WithEps):
+    hessian_interval: int = Field(gt=0, le=10**9, description="steps between estimates (k)")
+    hessian_batch_size: int = Field(
+        gt=0, le=10**9, description="sequences per estimate over all ranks"
+    )
+    hessian_micro_batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="most sequences that a rank estimates on at once (default: as many as fit)",
+    )
+
+
+class AdamWConfig(_WithEps):
+    """PyTorch's AdamW."""
+
+    name: Literal["adamw"]
+
+
+class LionConfig(OptimizerConfig):
+    """Lion, optimizers/lion.py."""
+
+    name: Literal["lion"]
+
+
+RHO = Field(gt=0, description="entries with |m| < rho·h move by less than lr")
+
+
+class SophiaGConfig(_WithHessian):
+    """Sophia with Gauss-Newton-Bartlett estimates, sophia.py."""
+
+    name: Literal["sophia-g"]
+    rho: float = RHO
+
+    @property
+    def hessian_estimator(self) -> str:
+        return "gnb"
+
+
+class SophiaHConfig(_WithHessian):
+    """Sophia with Hutchinson estimates, sophia.py."""
+
+    name: Literal["sophia-h"]
+    rho: float = RHO
+
+    @property
+    def hessian_estimator(self) -> str:
+        return "hutchinson"
+
+
+class SophiaAblationConfig(_WithEps):
+    """Sophia with one part replaced, optimizers/sophia_ablation.py."""
+
+    name: Literal["sophia-ablation"]
+    rho: float = RHO
+    estimator: Literal["gnb", "hutchinson", "empirical-fisher", "none"] = Field(
+        description="source of h; none: h stays 0 and the update is the sign of the momentum"
+    )
+    average: Literal["mean", "root-mean-square"] = Field(
+        description="how estimates are averaged; Sophia uses the mean"
+    )
+    update: Literal["clip", "divide", "normalize"] = Field(
+        description="what bounds the update; Sophia clips"
+    )
+    hessian_interval: int | None = Field(None, gt=0, le=10**9)
+    hessian_batch_size: int | None = Field(None, gt=0, le=10**9)
+    hessian_micro_batch_size: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _hessian_keys(self) -> SophiaAblationConfig:
+        required = ("hessian_interval", "hessian_batch_size")
+        for key in (*required, "hessian_micro_batch_size"):
+            given = getattr(self, key) is not None
+            if self.estimator == "none" and given:
+                raise ValueError(f'remove {key}: estimator = "none" makes no estimates')
+            if self.estimator != "none" and key in required and not given:
+                raise ValueError(f"{key} is missing; add it to the file or to the command line")
+        return self
+
+    @property
+    def hessian_estimator(self) -> str:
+        return self.estimator
+
+
+class AdaHessianConfig(_WithHessian):
+    """AdaHessian, optimizers/adahessian.py."""
+
+    name: Literal["adahessian"]
+
+    @property
+    def hessian_estimator(self) -> str:
+        return "hutchinson"
+
+
+class MuonConfig(_WithEps):
+    """PyTorch's Muon for weight matrices, AdamW for the rest."""
+
+    name: Literal["muon"]
+
+
+class SoapConfig(_WithEps):
+    """SOAP, from the package pytorch-optimizer."""
+
+    name: Literal["soap"]
+
+
+AnyOptimizer = Annotated[
+    AdamWConfig
+    | LionConfig
+    | SophiaGConfig
+    | SophiaHConfig
+    | SophiaAblationConfig
+    | AdaHessianConfig
+    | MuonConfig
+    | SoapConfig,
+    Field(discriminator="name"),
+]
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {}
+for _schema in get_args(get_args(AnyOptimizer)[0]):
+    OPTIMIZERS[get_args(_schema.model_fields["name"].annotation)[0]] = _schema
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole run
 
 
 class WandbConfig(Section):
     """Mirror of metrics.jsonl at Weights & Biases."""
 
-    mode: Literal["online", "offline", "disabled"] = Field("disabled", description="offline writes to the run's folder")
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "disabled", description="offline writes to the run's folder"
+    )
     project: str = Field(
-        "sophia-gpt2", pattern=r"^[^/\\#?%:\x00-\x1f]+$", description="wandb project; the experiment is the group"
+        "sophia-gpt2",
+        pattern=r"^[^/\\#?%:\x00-\x1f]+$",
+        description="wandb project; the experiment is the group",
     )
     save_code: bool = Field(False, description="upload the repository's files as an artifact")
 
 
 class Config(Section):
-    """One run, resolved."""
+    """One run, with every key resolved."""
 
     experiment: str
     run: str
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    optimizer: OptimizerConfig
+    optimizer: AnyOptimizer
     wandb: WandbConfig = Field(default_factory=WandbConfig)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
-        if (self.optimizer.hessian_batch_size or 0) > self.train.batch_size:
-            raise ValueError("optimizer.hessian_batch_size is larger than train.batch_size, of which it is a part")
+        if self.hessian_batch_size > self.train.batch_size:
+            raise ValueError(
+                "optimizer.hessian_batch_size is larger than train.batch_size; "
+                "an estimate uses a part of the step's batch"
+            )
         if self.train.warmup_steps >= self.train.max_steps:
             raise ValueError(
-                f"train.warmup_steps {self.train.warmup_steps} leave none of train.max_steps {self.train.max_steps} "
-                f"for the learning rate to decay in; lower train.warmup_steps"
+                f"train.warmup_steps {self.train.warmup_steps} leave none of train.max_steps "
+                f"{self.train.max_steps} for the learning rate to decay; lower train.warmup_steps"
             )
         if self.train.shard_optimizer and self.optimizer.name in ("muon", "soap"):
-            raise ValueError(f"train.shard_optimizer cannot share out {self.optimizer.name}; set it to false")
+            raise ValueError(
+                f"train.shard_optimizer does not support {self.optimizer.name}; set it to false"
+            )
         return self
 
     @property
     def run_dir(self) -> Path:
         return Path(self.train.out_dir) / self.experiment / self.run
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.model.block_size
 
-SECTIONS: dict[str, type[Section]] = {
+    @property
+    def hessian_interval(self) -> int | None:
+        """Steps between estimates of the Hessian, or None if the optimizer needs none."""
+        return getattr(self.optimizer, "hessian_interval", None)
+
+    @property
+    def hessian_batch_size(self) -> int:
+        """Sequences per estimate over all ranks, or 0 if the optimizer needs none."""
+        return getattr(self.optimizer, "hessian_batch_size", None) or 0
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "wandb": WandbConfig,
 }
-KEYS = {f"{section}.{key}": field for section, schema in SECTIONS.items() for key, field in schema.model_fields.items()}
 
-# Keys that a resumed run may change: they alter where, how fast or how often, not what is computed (beyond rounding).
+
+def _all_keys() -> dict[str, FieldInfo]:
+    keys: dict[str, FieldInfo] = {}
+    for section, schema in SECTIONS.items():
+        for key, field in schema.model_fields.items():
+            keys[f"{section}.{key}"] = field
+    for schema in OPTIMIZERS.values():
+        for key, field in schema.model_fields.items():
+            keys.setdefault(f"optimizer.{key}", field)
+    return keys
+
+
+KEYS = _all_keys()  # dotted name → field, with the keys of all optimizers
+
+# Keys that a resumed run may change: they decide where, how fast or how often, and change the
+# results by no more than rounding.
 FREE_KEYS = {
     "data.path",
     "train.micro_batch_size",
@@ -229,7 +348,72 @@ FREE_KEYS = {
 
 
 def value_of(tree: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key in a stored config; the key's default where the config is older than the key."""
+    """Return the value of a dotted key in a stored config, or its default if it is missing."""
     section, name = key.split(".")
     default = None if KEYS[key].is_required() else KEYS[key].default
     return tree.get(section, {}).get(name, default)
+
+
+def from_stored(tree: dict[str, Any]) -> Config:
+    """Return the Config of a run's config.json or checkpoint.
+
+    Runs of earlier versions stored every optimizer's keys, with None for those that did not apply.
+
+    Raises:
+        ValueError: if the tree does not fit the schema (pydantic's ValidationError).
+    """
+    stored = tree.get("optimizer", {})
+    optimizer = {key: value for key, value in stored.items() if value is not None}
+    return Config.model_validate(tree | {"optimizer": optimizer})
+
+
+def validated(tree: dict[str, Any], where: str) -> Config:
+    """Return the Config of a tree of tables.
+
+    Raises:
+        UserError: if the tree does not fit the schema; names `where` and the key.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from error
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return "; did you mean …?" if one of the `known` names is similar, else an empty string."""
+    names = {key.split(".")[-1]: key for key in known} | {key: key for key in known}
+    for spelling in (name, name.split(".")[-1]):
+        close = difflib.get_close_matches(spelling, names, 1, 0.7)
+        if close:
+            return f"; did you mean {names[close[0]]}?"
+    return ""
+
+
+def _first_problem(error: ValidationError) -> str:
+    # Report a misspelled key before the key that is missing because of it.
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    kind, value = problem["type"], problem["input"]
+
+    location = [str(part) for part in problem["loc"]]
+    optimizer = ""
+    if location[:1] == ["optimizer"] and len(location) > 1 and location[1] in OPTIMIZERS:
+        optimizer = location.pop(1)  # the union's tag
+    key = ".".join(location)
+
+    if kind == "extra_forbidden" and key in KEYS:
+        return f"{key} is not a key of {optimizer}; remove it"
+    if kind == "extra_forbidden":
+        return f"unknown key {key}{nearest(key, list(KEYS))}"
+    if kind == "missing":
+        return f"{key} is missing; add it to the file or to the command line"
+    if kind == "union_tag_not_found":
+        return "optimizer.name is missing; add it to the file or to the command line"
+    if kind == "union_tag_invalid":
+        return f"optimizer.name = {value.get('name')!r} should be one of {', '.join(OPTIMIZERS)}"
+    if kind == "string_pattern_mismatch":
+        return f"{key} = {value!r} is empty or contains a character that is not allowed"
+
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if isinstance(value, dict):
+        return f"{key or 'this run'}: {message}"
+    return f"{key} = {value!r} {message}"
