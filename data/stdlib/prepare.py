@@ -1,9 +1,9 @@
-"""The Python standard library's own source → byte-level tokens: about 12 MB that are on every machine already.
+"""Prepare the source code of Python's standard library: about 12 MB that every machine already has.
 
     python data/stdlib/prepare.py        # no download; a few seconds
 
-Each module is one document; its bytes are the tokens, closed by end-of-text (256). The bytes differ from one Python
-version to the next, so compare runs on the same folder.
+Each module is one document. Its bytes are the tokens, ended by end-of-text (256). They differ from
+one Python version to the next, so compare only runs on the same folder.
 """
 
 from __future__ import annotations
@@ -24,24 +24,39 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pyc
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="folder to write to")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="where to write"
+    )
     out = parser.parse_args().out
 
     modules = find_modules()
-    source = {"standard library of Python": platform.python_version(), "modules": len(modules)}
-    # 2 % of the modules are held out: 1 in 2,000, as for OpenWebText, would be one module.
-    meta = write_dataset(out, [lambda: read_modules(modules)], len(modules), "bytes", source, val_fraction=0.02)
+    source = {
+        "standard library of Python": platform.python_version(),
+        "modules": len(modules),
+    }
+    # 2 % of the modules are held out; 1 in 2,000, as for OpenWebText, would be a single module.
+    shards = [lambda: read_modules(modules)]
+    meta = write_dataset(out, shards, len(modules), "bytes", source, val_fraction=0.02)
     for split, facts in meta["splits"].items():
-        print(f"{split}: {facts['tokens']:,} tokens of {facts['documents']:,} modules")
+        print(f"{split}: {facts['tokens']:,} tokens in {facts['documents']:,} modules")
     print(f"wrote {out}/train.bin, {out}/val.bin, {out}/meta.json")
 
 
 def find_modules() -> list[Path]:
-    """The library's .py files, sorted by name, without its tests and what was installed beside it."""
+    """Return the library's .py files, sorted by name, without tests and installed packages.
+
+    Raises:
+        UserError: if this Python came without its library's source.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    modules = sorted(p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
+    modules = []
+    for path in sorted(root.rglob("*.py")):
+        if not LEFT_OUT & set(path.relative_to(root).parts):
+            modules.append(path)
     if len(modules) < 100:
-        raise UserError(f"{root}: holds {len(modules)} modules in source; this Python came without its library")
+        raise UserError(
+            f"{root}: has only {len(modules)} modules; this Python came without its library"
+        )
     return modules
 
 
