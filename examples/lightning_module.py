@@ -1,4 +1,4 @@
-"""Sophia-G in Lightning: the estimate is a hook, before the batch.
+"""Train with Sophia-G in Lightning: a hook before the batch updates the Hessian estimate.
 
 python examples/lightning_module.py          # seconds on a CPU; needs requirements-examples.txt
 """
@@ -20,7 +20,11 @@ from sophia import SophiaG, sampled_label_loss
 
 
 class Classifier(lightning.LightningModule):
-    """Which of four corners a noisy point is nearest to."""
+    """Predicts which of four corners a noisy point is nearest to.
+
+    Args:
+        interval: the number of steps between two Hessian estimates.
+    """
 
     def __init__(self, interval: int = 10) -> None:
         super().__init__()
@@ -32,26 +36,36 @@ class Classifier(lightning.LightningModule):
         return self.layers(x)
 
     def configure_optimizers(self) -> SophiaG:
+        """Return SophiaG with weight decay on matrices, but not on biases."""
         matrices = [p for p in self.parameters() if p.ndim >= 2]
-        others = [p for p in self.parameters() if p.ndim < 2]  # biases do not decay
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        biases = [p for p in self.parameters() if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": biases, "weight_decay": 0.0},
+        ]
         return SophiaG(groups, lr=3e-3, betas=(0.9, 0.95), rho=0.05)
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
-        begins_step = batch_idx % self.trainer.accumulate_grad_batches == 0  # no gradient yet
+        """Update the Hessian estimate every `interval` steps, before gradients accumulate."""
+        begins_step = batch_idx % self.trainer.accumulate_grad_batches == 0
         if begins_step and self.trainer.global_step % self.interval == 0:
             self.estimate(batch[0])
 
     def estimate(self, x: Tensor) -> None:
-        if self.generator is None:  # other labels on each rank
+        """Update h from the inputs `x` of all ranks, and clear the gradients."""
+        if self.generator is None:  # different labels on each rank
             self.generator = torch.Generator(self.device).manual_seed(self.global_rank)
         uniforms = torch.rand(len(x), device=self.device, generator=self.generator)
+
         with self.trainer.precision_plugin.forward_context():
             loss = sampled_label_loss(self(x), uniforms)
         loss.backward()
+
+        # Average the gradients over the ranks.
         for parameter in self.parameters():
-            if parameter.grad is not None:  # the mean over the ranks
+            if parameter.grad is not None:
                 parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, SophiaG)
         optimizer.update_hessian_from_grad(n_labels=len(x) * self.trainer.world_size)
@@ -69,6 +83,7 @@ def main() -> None:
     corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     labels = torch.randint(4, (4096,))
     data = TensorDataset(corners[labels] + 0.5 * torch.randn(4096, 2), labels)
+
     trainer = lightning.Trainer(
         max_epochs=4,
         accelerator="cpu",

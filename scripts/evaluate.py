@@ -1,14 +1,15 @@
-"""Downstream accuracy of exported models, by EleutherAI's lm-evaluation-harness: the paper's Figure 6 and more.
+"""Measure downstream accuracy of exported models with EleutherAI's lm-evaluation-harness.
 
     python scripts/evaluate.py hf/adamw hf/sophia-g --out results/downstream
     torchrun --standalone --nproc_per_node=8 -- scripts/evaluate.py hf/adamw hf/sophia-g
     python scripts/evaluate.py hf/adamw --tasks=mine --include-path=my_tasks --draws=1 --limit=100
 
-Each DIR is what export_hf.py writes, or any causal model of transformers. Without --tasks: BoolQ, CB, COPA and RTE of
-SuperGLUE, 2-shot, with 5 draws of the examples shown, and HellaSwag and LAMBADA with none shown. Prints accuracies,
-mean ± standard error over the draws / over the questions, and writes evaluate.md, .json and .png. Under torchrun the
-ranks share out models, tasks and draws. Results are kept one by one in evaluate/, and an interrupted call goes on.
-Needs requirements-hub.txt; the harness downloads its questions.
+Each DIR is what export_hf.py writes, or any causal model of transformers. The default tasks are
+those of the paper's Figure 6 (BoolQ, CB, COPA and RTE of SuperGLUE, 2-shot, with 5 draws of the
+examples), and HellaSwag and LAMBADA zero-shot. Prints accuracies, mean ± standard error over the
+draws / over the questions, and writes evaluate.md, .json and .png. Under torchrun, models, tasks
+and draws are divided among the ranks. Results are stored one by one in evaluate/, so an interrupted
+call can be repeated. Needs requirements-hub.txt; the harness downloads its questions.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from analysis import plots as pictures
+from analysis import plots
+from analysis.report import format_table
 from runtime.cli import Parser, UserError, number, reason, run_main
-from runtime.files import whole_file
-from scripts.compare import format_table
+from runtime.distributed import Ranks
+from runtime.files import write_text
 
 FEW_SHOT = ("boolq", "cb", "copa", "sglue_rte")  # Figure 6 of the paper
 ZERO_SHOT = ("hellaswag", "lambada_openai")
-METRIC = {"hellaswag": "acc_norm"}  # as it is usually given; of the others acc
+METRIC = {"hellaswag": "acc_norm"}  # as usually reported; acc for the others
 
 
 @dataclass(frozen=True)
@@ -54,58 +56,64 @@ class Job:
     shots: int
     draw: int
     limit: int | None
-    inputs: str  # a digest of the model's files and of the task files, by their sizes and times
+    inputs: str  # a digest of the sizes and times of the model's files and the task files
 
 
 @dataclass(frozen=True)
 class Result:
+    """What the harness has measured."""
+
     job: Job
     accuracy: float
     stderr: float | None  # over the questions, as the harness estimates it
-    shots: int  # as shown: a task may have a number of its own
-    metrics: dict[str, Any]  # all that the harness says
+    shots: int  # as used: a task may have a number of its own
+    metrics: dict[str, Any]  # everything that the harness reports
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of a model in a task, with its standard errors."""
+    """A model's accuracy in a task, with its standard errors."""
 
     mean: float
     draws: float | None  # over the draws of the examples
-    questions: float | None  # over the questions, mean of the draws
+    questions: float | None  # over the questions, the mean of the draws
 
 
 def main() -> None:
     arguments = parse_arguments()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = Ranks.from_environment()
     jobs = make_jobs(arguments)
     done, problem = [], None
     try:
-        done = [evaluate(arguments, job) for job in jobs[rank::world_size]]
+        for job in jobs[ranks.rank :: ranks.world_size]:
+            done.append(evaluate(arguments, job))
     except UserError as error:
         problem = str(error)
-    results, problems = gather(done, problem, world_size)
-    if rank == 0 and problems:
-        raise UserError(problems[0])
-    if rank == 0:
-        report(sorted(results, key=lambda result: jobs.index(result.job)), out_of(arguments))
+
+    results, problems = gather(done, problem, ranks)
+    if ranks.rank == 0:
+        if problems:
+            raise UserError(problems[0])
+        results.sort(key=lambda result: jobs.index(result.job))
+        report(results, output_folder(arguments))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("models", metavar="DIR", nargs="+", type=Path, help="folders in Hugging Face's format")
-    parser.add_argument("--tasks", metavar="A,B", help="tasks of the harness, in place of those above")
-    parser.add_argument("--include-path", metavar="DIR", type=Path, help="folder with task files (YAML) of your own")
-    parser.add_argument(
-        "--shots", metavar="N", type=number(int, 0, 100), default=2, help="examples shown before a question"
-    )
-    parser.add_argument("--draws", metavar="N", type=number(int, 1, 100), default=5, help="draws of the examples")
-    parser.add_argument("--limit", metavar="N", type=number(int, 1), help="the first N questions alone, for a trial")
-    parser.add_argument("--batch-size", metavar="N", type=number(int, 1), default=8, help="questions at once")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: the first DIR)")
+    add = parser.add_argument
+    shots, few = number(int, 0, 100), number(int, 1, 100)
+    add("models", metavar="DIR", nargs="+", type=Path, help="folders in Hugging Face's format")
+    add("--tasks", metavar="A,B", help="tasks of the harness, instead of those above")
+    add("--include-path", metavar="DIR", type=Path, help="folder with your own task files (YAML)")
+    add("--shots", metavar="N", type=shots, default=2, help="examples shown before a question")
+    add("--draws", metavar="N", type=few, default=5, help="draws of the examples")
+    add("--limit", metavar="N", type=number(int, 1), help="use only the first N questions")
+    add("--batch-size", metavar="N", type=number(int, 1), default=8, help="questions at once")
+    add("--out", metavar="DIR", type=Path, help="folder to write to (default: the first DIR)")
     arguments = parser.parse_args()
-    for folder in filter(None, (arguments.out, arguments.include_path)):
-        if folder.exists() and not folder.is_dir():
+
+    for folder in (arguments.out, arguments.include_path):
+        if folder is not None and folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file; name a folder")
     if arguments.include_path and not arguments.include_path.exists():
         raise UserError(f"--include-path={arguments.include_path}: no such folder")
@@ -113,62 +121,83 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--tasks={arguments.tasks}: has an empty name; write --tasks=A,B")
     for folder in arguments.models:
         if not (folder / "config.json").exists():
-            raise UserError(f"{folder}: no model of transformers; make one with scripts/export_hf.py")
+            raise UserError(f"{folder}: not a model; make one with scripts/export_hf.py")
     try:
         import lm_eval  # noqa: F401
-    except ImportError:
-        raise UserError("lm_eval is missing: python -m pip install -r requirements-hub.txt") from None
+    except ImportError as error:
+        raise UserError(
+            "lm_eval is missing: python -m pip install -r requirements-hub.txt"
+        ) from error
     return arguments
 
 
-def make_jobs(arguments: argparse.Namespace) -> list[Job]:
-    few = arguments.tasks.split(",") if arguments.tasks else list(FEW_SHOT)
-    shots = dict.fromkeys(few, arguments.shots) | ({} if arguments.tasks else dict.fromkeys(ZERO_SHOT, 0))
-    tasks = list(arguments.include_path.rglob("*")) if arguments.include_path else []
-    inputs = {}
-    for model in arguments.models:
-        own = [path for path in model.glob("*") if not path.name.startswith("evaluate")]  # which this script writes
-        inputs[model] = digest([*own, *tasks])
-    return [
-        Job(str(model), task, n, draw, arguments.limit, inputs[model])
-        for model, (task, n) in itertools.product(arguments.models, shots.items())
-        for draw in range(arguments.draws if n else 1)  # with no examples there is nothing to draw
-    ]
-
-
-def digest(paths: list[Path]) -> str:
-    """Changes where one of the files does, without reading them: a model's weights are gigabytes."""
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths) if path.is_file()]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def out_of(arguments: argparse.Namespace) -> Path:
+def output_folder(arguments: argparse.Namespace) -> Path:
     return arguments.out or arguments.models[0]
 
 
+# ---- Jobs ----------------------------------------------------------------------------------------
+
+
+def make_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """Return every model with every task and draw."""
+    shots = dict.fromkeys(FEW_SHOT, arguments.shots) | dict.fromkeys(ZERO_SHOT, 0)
+    if arguments.tasks:
+        shots = dict.fromkeys(arguments.tasks.split(","), arguments.shots)
+
+    task_files = list(arguments.include_path.rglob("*")) if arguments.include_path else []
+    jobs = []
+    for model in arguments.models:
+        # This script's own output may lie in the model's folder.
+        files = [path for path in model.glob("*") if not path.name.startswith("evaluate")]
+        inputs = digest([*files, *task_files])
+        for task, n in shots.items():
+            draws = arguments.draws if n else 1  # without examples there is nothing to draw
+            for draw in range(draws):
+                jobs.append(Job(str(model), task, n, draw, arguments.limit, inputs))
+    return jobs
+
+
+def digest(paths: list[Path]) -> str:
+    """Return a hash that changes with the files, without reading them: weights are gigabytes."""
+    facts = []
+    for path in sorted(paths):
+        if path.is_file():
+            facts.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
 def evaluate(arguments: argparse.Namespace, job: Job) -> Result:
-    """The job's result, from its file in evaluate/ where an earlier call made it of the same model and task files."""
+    """Return the job's result, stored by an earlier call with the same files or measured now."""
     name = hashlib.sha256(json.dumps(asdict(job)).encode()).hexdigest()[:16]
-    path = out_of(arguments) / "evaluate" / f"{name}.json"
+    path = output_folder(arguments) / "evaluate" / f"{name}.json"
     if path.exists():
-        with suppress(ValueError, KeyError, TypeError):  # damaged: made again
+        with suppress(ValueError, KeyError, TypeError):  # a damaged file is measured again
             saved = json.loads(path.read_text(encoding="utf-8"))
             result = Result(**saved | {"job": Job(**saved["job"])})
-            print(f"{job.model}  {job.task}  draw {job.draw}: {result.accuracy:.4f} (from {path})", flush=True)
+            accuracy = f"{result.accuracy:.4f} (from {path})"
+            print(f"{job.model}  {job.task}  draw {job.draw}: {accuracy}", flush=True)
             return result
+
     result = call_harness(arguments, job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(json.dumps(asdict(result), default=str).encode())
+    write_text(path, json.dumps(asdict(result), default=str))
     print(f"{job.model}  {job.task}  draw {job.draw}: {result.accuracy:.4f}", flush=True)
     return result
 
 
+# ---- The harness ---------------------------------------------------------------------------------
+
+
 def call_harness(arguments: argparse.Namespace, job: Job) -> Result:
+    """Measure one job.
+
+    Raises:
+        UserError: if the harness cannot run it.
+    """
     from lm_eval import simple_evaluate
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    with alone():
+    with single_process():
         model = load(job.model, device, arguments.batch_size)
         try:
             found = simple_evaluate(
@@ -178,27 +207,35 @@ def call_harness(arguments: argparse.Namespace, job: Job) -> Result:
                 limit=job.limit,
                 fewshot_random_seed=job.draw,
                 task_manager=task_manager(arguments.include_path),
-                bootstrap_iters=10,  # accuracy's error has a formula; other metrics' is not asked for
+                bootstrap_iters=10,  # accuracy's error has a formula; the others are not used
                 log_samples=False,
             )
-        except torch.OutOfMemoryError:
-            raise UserError(f"{job.model}: out of memory in {job.task}; lower --batch-size") from None
-        except Exception as error:  # a task's download, its file, its name: the harness has no error of its own
-            raise UserError(f"task {job.task}: the harness could not run it ({reason(error)})") from None
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{job.model}: out of memory in {job.task}; lower --batch-size"
+            ) from error
+        except Exception as error:  # a task's download, file or name: no error class of its own
+            raise UserError(
+                f"task {job.task}: the harness could not run it ({reason(error)})"
+            ) from error
+
     if job.task not in found["results"]:
-        raise UserError(f"task {job.task}: is a group; name its tasks: {','.join(found['results'])}")
+        raise UserError(
+            f"task {job.task}: is a group; name its tasks: {','.join(found['results'])}"
+        )
     metrics = found["results"][job.task]
     name = f"{METRIC.get(job.task, 'acc')},none"
     if name not in metrics:
-        raise UserError(f"task {job.task}: has no {name.split(',')[0]}, only {', '.join(metrics)}")
-    stderr = metrics.get(name.replace(",", "_stderr,"))  # "N/A" of a single question
+        wanted, there = name.split(",")[0], ", ".join(metrics)
+        raise UserError(f"task {job.task}: has no {wanted}, only {there}")
+    stderr = metrics.get(name.replace(",", "_stderr,"))  # "N/A" for a single question
     shots = found["n-shot"][job.task]
     return Result(job, metrics[name], stderr if isinstance(stderr, float) else None, shots, metrics)
 
 
 @functools.cache
 def task_manager(folder: Path | None) -> Any:
-    """What finds the harness's tasks; it reads ten thousand files for that."""
+    """Return the harness's index of tasks, for which it reads ten thousand files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(folder) if folder else None)
@@ -206,18 +243,19 @@ def task_manager(folder: Path | None) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def load(model: str, device: str, batch_size: int) -> Any:
+    """Return the harness's wrapper of a model; the last one stays loaded."""
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         return HFLM(model, device=device, batch_size=batch_size)
-    except Exception as error:  # whatever transformers finds wrong with the folder
-        raise UserError(f"{model}: cannot be loaded as a causal model ({reason(error)})") from None
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{model}: cannot be loaded as a causal model ({reason(error)})") from error
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Hide torchrun's variables: the harness would share out the questions of each task, and on GPUs alone."""
+def single_process() -> Iterator[None]:
+    """Hide torchrun's variables; otherwise the harness would divide each task's questions."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -226,60 +264,80 @@ def alone() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def gather(done: list[Result], problem: str | None, world_size: int) -> tuple[list[Result], list[str]]:
-    """All ranks' results and problems, on every rank; ranks wait here for those with longer tasks."""
+def gather(done: list[Result], problem: str | None, ranks: Ranks) -> tuple[list[Result], list[str]]:
+    """Return all ranks' results and problems. Ranks with shorter tasks wait here."""
     parts: list[Any] = [(done, problem)]
-    if world_size > 1:
+    if ranks.world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-        parts = [None] * world_size
+        parts = [None] * ranks.world_size
         dist.all_gather_object(parts, (done, problem))
         dist.destroy_process_group()
-    return [result for results, _ in parts for result in results], [text for _, text in parts if text]
+
+    results: list[Result] = []
+    problems: list[str] = []
+    for part, text in parts:
+        results += part
+        if text:
+            problems.append(text)
+    return results, problems
+
+
+# ---- Report --------------------------------------------------------------------------------------
 
 
 def report(results: list[Result], out: Path) -> None:
-    cells: dict[str, dict[str, Accuracy]] = {}  # {model: {task: …}}
-    for (model, task), group in itertools.groupby(results, key=lambda result: (result.job.model, result.job.task)):
+    """Print the table, and write it with a bar chart and all numbers."""
+    cells: dict[str, dict[str, Accuracy]] = {}  # model → task → accuracy
+    for (model, task), group in itertools.groupby(results, key=model_and_task):
         cells.setdefault(model, {})[task] = over_draws(list(group))
-    rows = [{"run": model} | {task: as_text(value) for task, value in tasks.items()} for model, tasks in cells.items()]
+    rows = []
+    for model, tasks in cells.items():
+        rows.append({"run": model} | {task: as_text(value) for task, value in tasks.items()})
     table = f"{format_table(rows)}\n\n± standard error over the draws / over the questions"
-    contents = {"md": table, "json": json.dumps([asdict(result) for result in results], indent=1, default=str)}
-    for suffix, text in contents.items():
-        with whole_file(out / f"evaluate.{suffix}") as file:
-            file.write((text + "\n").encode())
+
+    content = json.dumps([asdict(result) for result in results], indent=1, default=str)
+    write_text(out / "evaluate.md", table + "\n")
+    write_text(out / "evaluate.json", content + "\n")
     draw_bars(cells, out / "evaluate.png")
     print(table)
     print(f"wrote evaluate.md, .json and .png to {out}")
 
 
+def model_and_task(result: Result) -> tuple[str, str]:
+    return result.job.model, result.job.task
+
+
 def over_draws(results: list[Result]) -> Accuracy:
-    """The mean of a task's draws; an error is None where one draw, or one question, tells of none."""
+    """Return the mean over a task's draws; an error is None if it cannot be estimated."""
     values = [result.accuracy for result in results]
-    drawn = len(values) > 1 and results[0].shots > 0
-    draws = statistics.stdev(values) / math.sqrt(len(values)) if drawn else None
     errors = [result.stderr for result in results if result.stderr is not None]
+    draws = None
+    if len(values) > 1 and results[0].shots > 0:
+        draws = statistics.stdev(values) / math.sqrt(len(values))
     return Accuracy(statistics.fmean(values), draws, statistics.fmean(errors) if errors else None)
 
 
 def as_text(value: Accuracy) -> str:
-    draws, questions = ("–" if error is None else f"{error:.4f}" for error in (value.draws, value.questions))
+    draws = "–" if value.draws is None else f"{value.draws:.4f}"
+    questions = "–" if value.questions is None else f"{value.questions:.4f}"
     return f"{value.mean:.4f} ± {draws} / {questions}"
 
 
 def draw_bars(cells: dict[str, dict[str, Accuracy]], path: Path) -> None:
-    plt = pictures.pyplot()
+    plt = plots.pyplot()
     tasks = list(next(iter(cells.values())))
     figure, panel = plt.subplots(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
     width = 0.8 / len(cells)
     for index, (model, values) in enumerate(cells.items()):
-        places = [place + (index - (len(cells) - 1) / 2) * width for place in range(len(tasks))]
+        offset = (index - (len(cells) - 1) / 2) * width
+        positions = [position + offset for position in range(len(tasks))]
         heights = [value.mean for value in values.values()]
         errors = [max(value.draws or 0, value.questions or 0) for value in values.values()]
-        panel.bar(places, heights, width, yerr=errors, capsize=3, label=model)
+        panel.bar(positions, heights, width, yerr=errors, capsize=3, label=model)
     panel.set_xticks(range(len(tasks)), tasks)
     panel.set_ylabel("accuracy ± the larger standard error")
     panel.legend(frameon=False)
-    pictures.save(figure, [path])
+    plots.save(figure, [path])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Figures that are read off runs: loss against horizon or size, a sweep, the share of clipped steps.
+"""Draw figures from runs: loss against horizon or size, a sweep, the share of clipped steps.
 
-    python scripts/figures.py horizons out/gpt2_30m-cpu                                                 # Figures 4, 5
-    python scripts/figures.py sizes out/gpt2_30m-cpu out/gpt2_125m-cpu                                  # Figure 1(c)
-    python scripts/figures.py sweep out/ablation_rho_beta2-cpu --x optimizer.beta2 --y optimizer.rho    # Figure 7(c)
-    python scripts/figures.py sweep out/ablation_attention-cpu --x optimizer.lr                         # Figure 7(b)
-    python scripts/figures.py clipped out/gpt2_30m-cpu                                                  # Figure 7(a)
+    python scripts/figures.py horizons out/gpt2_30m-cpu                    # Figures 4, 5
+    python scripts/figures.py sizes out/gpt2_30m-cpu out/gpt2_125m-cpu     # Figure 1(c)
+    python scripts/figures.py sweep out/ablation_rho_beta2-cpu --x optimizer.beta2 --y optimizer.rho
+    python scripts/figures.py sweep out/ablation_attention-cpu --x optimizer.lr        # Figure 7(b)
+    python scripts/figures.py clipped out/gpt2_30m-cpu                     # Figure 7(a)
 
-Each prints a table and writes it with a picture to the first folder, or to --out DIR. Finished runs alone count. In a
-sweep a cell is the best over what is neither x nor y, and the mean over seeds.
+Each command prints a table and writes it, with a plot, to the first folder or to --out DIR. Only
+finished runs count. In a sweep a cell is the best over all keys that are neither x nor y, and the
+mean over seeds.
 """
 
 from __future__ import annotations
@@ -22,83 +23,116 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis import plots as pictures
-from analysis import runs as analysis
-from analysis.runs import Group, Run, value_of
-from model import num_parameters
+from analysis import plots
+from analysis.report import Row, format_table
+from analysis.runs import Group, StoredRun, find_runs, group_runs
+from model import ModelConfig
 from runtime.cli import Parser, UserError, run_main
-from runtime.config import KEYS, ModelConfig
-from scripts.compare import format_table
+from runtime.config import KEYS, value_of
+from runtime.cost import num_parameters
 
-Rows = list[dict[str, str]]  # of a table: {column: text}
+COMMANDS = {
+    "horizons": "final loss against the steps of the whole schedule",
+    "sizes": "final loss against the number of parameters",
+    "sweep": "final loss against one key, or two",
+    "clipped": "cumulative count of steps whose gradient was clipped",
+}
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help_text in (
-        ("horizons", "final loss against the steps of the whole schedule"),
-        ("sizes", "final loss against the number of parameters"),
-        ("sweep", "final loss against one key, or two"),
-        ("clipped", "steps whose gradient was clipped, counted up"),
-    ):
-        command = commands.add_parser(name, help=help_text, description=__doc__)
-        command.add_argument("folders", metavar="OUT_DIR", nargs="+", type=Path, help="runs, or experiments")
-        command.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: the first OUT_DIR)")
-        if name == "sweep":
-            command.add_argument("--x", metavar="KEY", required=True, help="key on the axis, e.g. optimizer.lr")
-            command.add_argument("--y", metavar="KEY", help="a line for each of its values, e.g. optimizer.rho")
-    arguments = parser.parse_args()
-    runs = [run for run in analysis.find_runs(arguments.folders) if run.is_finished]
+    arguments = parse_arguments()
+    runs = [run for run in find_runs(arguments.folders) if run.is_finished]
     if not runs:
-        raise UserError(f"{arguments.folders[0]}: no finished run; go on with scripts/run.py")
-    make: dict[str, Callable[..., tuple[Rows, Any]]]
-    make = {"horizons": horizons, "sizes": sizes, "sweep": sweep, "clipped": clipped}
-    if arguments.command != "horizons":
-        runs = of_one_horizon(runs, longest=arguments.command == "clipped")
-    rows, figure = make[arguments.command](runs, arguments)
+        raise UserError(
+            f"{arguments.folders[0]}: no finished run; continue them with scripts/run.py"
+        )
+    if arguments.command == "horizons":
+        rows, figure = horizons(runs)
+    elif arguments.command == "sizes":
+        rows, figure = sizes(of_one_horizon(runs, longest=False))
+    elif arguments.command == "sweep":
+        rows, figure = sweep(of_one_horizon(runs, longest=False), arguments.x, arguments.y)
+    else:
+        rows, figure = clipped(of_one_horizon(runs, longest=True))
+
     out = arguments.out or arguments.folders[0]
-    pictures.save(figure, [out / f"{arguments.command}.png"])
+    plots.save(figure, [out / f"{arguments.command}.png"])
     table = format_table(rows)
     (out / f"{arguments.command}.md").write_text(table + "\n", encoding="utf-8")
     print(table)
     print(f"wrote {arguments.command}.md and {arguments.command}.png to {out}")
 
 
-def of_one_horizon(runs: list[Run], longest: bool) -> list[Run]:
-    """The runs of the longest horizon, or of the one that most runs have; says what that leaves out."""
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=__doc__)
+        add = command.add_argument
+        add("folders", metavar="OUT_DIR", nargs="+", type=Path, help="runs, or experiments")
+        add("--out", metavar="DIR", type=Path, help="where to write (default: the first OUT_DIR)")
+        if name == "sweep":
+            add("--x", metavar="KEY", required=True, help="key on the axis, e.g. optimizer.lr")
+            add("--y", metavar="KEY", help="one line per value of this key, e.g. optimizer.rho")
+    return parser.parse_args()
+
+
+def of_one_horizon(runs: list[StoredRun], longest: bool) -> list[StoredRun]:
+    """Return the runs of the longest or most frequent horizon, and print what that leaves out."""
     horizons = [run.horizon for run in runs]
     kept = max(horizons) if longest else max(set(horizons), key=horizons.count)
-    if others := sorted(set(horizons) - {kept}):
-        print(f"note: runs of {kept} steps alone; left out are those of {', '.join(map(str, others))}")
+    others = sorted(set(horizons) - {kept})
+    if others:
+        print(f"note: only runs of {kept} steps; left out: {', '.join(map(str, others))} steps")
     return [run for run in runs if run.horizon == kept]
 
 
-def horizons(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
-    return against(lambda run: run.horizon, runs, "steps of the whole schedule", "final validation loss, nats a token")
+# ---- Loss against a number -----------------------------------------------------------------------
 
 
-def sizes(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
-    label = f"validation loss after {runs[0].horizon} steps, nats a token"
-    return against(lambda run: num_parameters(ModelConfig(**run.config["model"])), runs, "parameters", label)
+def horizons(runs: list[StoredRun]) -> tuple[list[Row], Any]:
+    def horizon(run: StoredRun) -> int:
+        return run.horizon
+
+    x_label = "steps of the whole schedule"
+    return draw_against(horizon, runs, x_label, "final validation loss, nats per token")
 
 
-def against(key: Callable[[Run], int], runs: list[Run], x_label: str, y_label: str) -> tuple[Rows, Any]:
-    """Each run's final loss against a number: mean ± deviation over seeds, of several settings the best."""
-    points: dict[str, dict[int, Group]] = {}
-    for group in analysis.group_runs(runs):
-        best, x = points.setdefault(group.table, {}), key(group.runs[0])
+def sizes(runs: list[StoredRun]) -> tuple[list[Row], Any]:
+    def size(run: StoredRun) -> int:
+        return num_parameters(ModelConfig(**run.config["model"]))
+
+    y_label = f"validation loss after {runs[0].horizon} steps, nats per token"
+    return draw_against(size, runs, "parameters", y_label)
+
+
+def draw_against(
+    key: Callable[[StoredRun], int], runs: list[StoredRun], x_label: str, y_label: str
+) -> tuple[list[Row], Any]:
+    """Draw final losses, mean ± deviation over seeds, against a number.
+
+    If a run of the file has several settings at one x, the best one counts.
+    """
+    points: dict[str, dict[int, Group]] = {}  # run of the file → x → group
+    for group in group_runs(runs):
+        best = points.setdefault(group.table, {})
+        x = key(group.runs[0])
         if x not in best or group.mean < best[x].mean:
             best[x] = group
-    plt = pictures.pyplot()
-    figure, panel = plt.subplots(figsize=(6, 4.5), layout="constrained")
     columns = sorted({x for groups in points.values() for x in groups})
+
+    plt = plots.pyplot()
+    figure, panel = plt.subplots(figsize=(6, 4.5), layout="constrained")
     rows = []
     for name, groups in points.items():
         xs = sorted(groups)
-        means, deviations = [groups[x].mean for x in xs], [groups[x].deviation or 0.0 for x in xs]
-        panel.errorbar(xs, means, deviations, label=name, color=color_of(groups[xs[0]].runs[0]), marker="o", capsize=3)
-        rows.append({"run": name} | {f"{x:,}": with_deviation(groups[x]) if x in groups else "" for x in columns})
+        means = [groups[x].mean for x in xs]
+        deviations = [groups[x].deviation or 0.0 for x in xs]
+        color = plots.color_of(groups[xs[0]].optimizer)
+        panel.errorbar(xs, means, deviations, label=name, color=color, marker="o", capsize=3)
+        cells = {f"{x:,}": with_deviation(groups[x]) if x in groups else "" for x in columns}
+        rows.append({"run": name} | cells)
+
     panel.set_xscale("log")
     panel.set_xticks(columns, [f"{x:,}" for x in columns])
     panel.minorticks_off()
@@ -108,88 +142,116 @@ def against(key: Callable[[Run], int], runs: list[Run], x_label: str, y_label: s
 
 
 def with_deviation(group: Group) -> str:
-    return f"{group.mean:.4f}" + ("" if group.deviation is None else f" ± {group.deviation:.4f}")
+    if group.deviation is None:
+        return f"{group.mean:.4f}"
+    return f"{group.mean:.4f} ± {group.deviation:.4f}"
 
 
-def sweep(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
-    """A line of the table, and of the picture, for each run of the file and value of y; a column for each x."""
-    for key in filter(None, (arguments.x, arguments.y)):
-        if key not in KEYS:
-            raise UserError(f"{key}: no key of a config; see train.py --help")
-    lines: dict[tuple[str, Any], dict[float, float]] = {}  # {(run of the file, y): {x: loss}}
+# ---- Sweeps --------------------------------------------------------------------------------------
+
+
+def sweep(runs: list[StoredRun], x_key: str, y_key: str | None) -> tuple[list[Row], Any]:
+    """Draw a line, and make a row, for each run of the file and value of y."""
+    for key in (x_key, y_key):
+        if key is not None and key not in KEYS:
+            raise UserError(f"{key}: not a key of a config; see train.py --help")
+
+    lines: dict[tuple[str, Any], dict[float, float]] = {}  # (run of the file, y) → x → loss
     optimizers: dict[str, str] = {}
-    for group in analysis.group_runs(runs):
+    for group in group_runs(runs):
         config = group.runs[0].config
-        x, y = value_of(config, arguments.x), value_of(config, arguments.y) if arguments.y else None
+        x = value_of(config, x_key)
+        y = value_of(config, y_key) if y_key else None
         if isinstance(x, int | float):
             cells = lines.setdefault((group.table, y), {})
             cells[x] = min(cells.get(x, float("inf")), group.mean)
             optimizers[group.table] = group.optimizer
     if not lines:
-        raise UserError(f"--x={arguments.x}: no run has a number there")
-    names = {key: key[0] + (f", {arguments.y.split('.')[1]} {key[1]}" if arguments.y else "") for key in lines}
+        raise UserError(f"--x={x_key}: no run has a number there")
+
+    names = {}
+    for table, y in lines:
+        names[table, y] = f"{table}, {y_key.split('.')[1]} {y}" if y_key else table
     columns = sorted({x for cells in lines.values() for x in cells})
     rows = []
-    for key, cells in lines.items():
+    for line, cells in lines.items():
         best = min(cells, key=lambda x: cells[x])
-        texts = {f"{x:g}": f"{cells[x]:.4f}{' *' if x == best else ''}" if x in cells else "" for x in columns}
-        rows.append({"run": names[key]} | texts | {"best": f"{cells[best]:.4f}"})
-    return rows, draw_sweep(lines, names, optimizers, arguments.x)
+        row = {"run": names[line]}
+        for x in columns:
+            mark = " *" if x == best else ""
+            row[f"{x:g}"] = f"{cells[x]:.4f}{mark}" if x in cells else ""
+        rows.append(row | {"best": f"{cells[best]:.4f}"})
+    return rows, draw_sweep(lines, names, optimizers, x_key)
 
 
-def draw_sweep(lines: dict[tuple[str, Any], dict[float, float]], names: dict, optimizers: dict, x_label: str) -> Any:
-    """A colour for each run of the file, a line style for each y."""
-    plt = pictures.pyplot()
+def draw_sweep(
+    lines: dict[tuple[str, Any], dict[float, float]],
+    names: dict[tuple[str, Any], str],
+    optimizers: dict[str, str],
+    x_label: str,
+) -> Any:
+    """Draw the lines with one colour per run of the file, and one line style per y."""
+    plt = plots.pyplot()
     figure, panel = plt.subplots(figsize=(9, 4.5), layout="constrained")
     colors = table_colors(optimizers)
     drawn: dict[str, int] = {}
     for (table, y), cells in lines.items():
-        style = pictures.LINE_STYLES[drawn.get(table, 0) % len(pictures.LINE_STYLES)]
-        drawn[table] = drawn.get(table, 0) + 1
+        index = drawn.get(table, 0)
+        drawn[table] = index + 1
+        style = plots.LINE_STYLES[index % len(plots.LINE_STYLES)]
         xs = sorted(cells)
-        panel.plot(xs, [cells[x] for x in xs], style, color=colors[table], marker="o", ms=4, label=names[table, y])
+        losses = [cells[x] for x in xs]
+        panel.plot(xs, losses, style, color=colors[table], marker="o", ms=4, label=names[table, y])
+
     xs = sorted(x for cells in lines.values() for x in cells)
     if xs[0] > 0 and xs[-1] > 4 * xs[0]:
         panel.set_xscale("log")
     losses = sorted(loss for cells in lines.values() for loss in cells.values())
     if losses[-1] > 3 * losses[0]:
         panel.set_yscale("log")  # something diverged
-    panel.set(xlabel=x_label, ylabel="final validation loss, nats a token")
+    panel.set(xlabel=x_label, ylabel="final validation loss, nats per token")
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
     return figure
 
 
 def table_colors(optimizers: dict[str, str]) -> dict[str, str]:
-    """{run of the file: colour}: its optimizer's where that is free, else one that no optimizer there has."""
-    free = itertools.chain(
-        (color for name, color in pictures.COLORS.items() if name not in optimizers.values()),
-        itertools.repeat(pictures.OTHER),
-    )
+    """Return a colour per run of the file: its optimizer's if that is free, else an unused one."""
+    used = optimizers.values()
+    unused = [color for name, color in plots.COLORS.items() if name not in used]
+    free = itertools.chain(unused, itertools.repeat(plots.OTHER))
     colors: dict[str, str] = {}
     for table, optimizer in optimizers.items():
-        own = pictures.COLORS.get(optimizer)
+        own = plots.COLORS.get(optimizer)
         colors[table] = own if own and own not in colors.values() else next(free)
     return colors
 
 
-def clipped(runs: list[Run], arguments: argparse.Namespace) -> tuple[Rows, Any]:
-    """How many steps so far had a gradient beyond the limit: the picture of each run's first seed, the share of all."""
-    plt = pictures.pyplot()
+# ---- Clipped steps -------------------------------------------------------------------------------
+
+
+def clipped(runs: list[StoredRun]) -> tuple[list[Row], Any]:
+    """Draw how many steps so far had their gradient clipped, for each run's first seed.
+
+    The table has the share over all seeds.
+    """
+    plt = plots.pyplot()
     figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
     rows = []
-    for group in analysis.group_runs(runs):
-        run = group.runs[0]
-        counts = list(itertools.accumulate(int(r["clipped"]) for r in run.records))
-        panel.plot([r["step"] for r in run.records], counts, color=color_of(run), label=group.name.split("/")[1])
-        share = statistics.fmean(r["clipped"] for run in group.runs for r in run.records)
+    for group in group_runs(runs):
+        first = group.runs[0]
+        steps = [record["step"] for record in first.records]
+        counts = list(itertools.accumulate(int(record["clipped"]) for record in first.records))
+        color = plots.color_of(first.optimizer)
+        panel.plot(steps, counts, color=color, label=group.name.split("/")[1])
+
+        flags = []
+        for run in group.runs:
+            flags += [record["clipped"] for record in run.records]
+        share = statistics.fmean(flags)
         rows.append({"run": group.name, "steps": str(len(counts)), "clipped": f"{share:.1%}"})
     panel.set(xlabel="steps", ylabel="steps with a clipped gradient")
     panel.legend(frameon=False, fontsize="small")
     return rows, figure
-
-
-def color_of(run: Run) -> str:
-    return pictures.COLORS.get(run.optimizer, pictures.OTHER)
 
 
 if __name__ == "__main__":

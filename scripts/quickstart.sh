@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything once, small: environment, data, four optimizers, table, picture, text.
+# Everything once, small: environment, data, four optimizers, tables, plot, text.
 #
 #   bash scripts/quickstart.sh [OUT_DIR]       # default: out; needs Python 3.11 or newer and pip
 #
-# Stopped half-way, the same command continues. VENV names another environment than .venv.
+# If interrupted, run the same command again. VENV names another environment than .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-out}
@@ -16,5 +16,5 @@ for run in adamw lion sophia-g sophia-h; do
 done
 echo
 python scripts/compare.py "$out/quickstart"
-echo "== a sample of sophia-g"
+echo "== a sample from sophia-g"
 python scripts/sample.py "$out/quickstart/sophia-g" --prompt "def " --tokens 300

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Everything under results/cpu/ but the first rounds of the search, run again. About two hours on two cores.
+# Run everything under results/cpu/ again, except the first rounds of the search. About two hours on
+# two cores.
 #
 #   bash scripts/results.sh [JOBS]       # default: 2 runs at once
 #
-# Stopped half-way, the same command continues.
+# If interrupted, run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 jobs=${1:-2}
-source scripts/environment.sh requirements.txt
+source scripts/environment.sh requirements.txt requirements-extras.txt
 
 python data/stdlib/prepare.py
-run() { python scripts/run.py "configs/$1.toml" --scale=cpu --jobs="$jobs" "${@:2}"; }
+run() { python scripts/run.py "configs/cpu/$1.toml" --jobs="$jobs" "${@:2}"; }
 compare() { python scripts/compare.py "${@:2}" --out "results/cpu/$1"; }
 figure() { python scripts/figures.py "$1" "${@:3}" --out "results/cpu/$2"; }
-table() {  # EXPERIMENT FOLDER: of many runs the table and the numbers; the crowded picture of all curves stays in out/
+table() {  # EXPERIMENT FOLDER: the table and the numbers; the crowded plot stays in out/
     python scripts/compare.py "$2"
     mkdir -p "results/cpu/$1"
     cp "$2/compare.md" "$2/compare.json" "results/cpu/$1"
 }
-sweep() {  # EXPERIMENT AXES: every combination in its grids
+sweep() {  # EXPERIMENT AXES: all combinations in its grids
     run "$1" --sweep
     table "$1" "out/$1-cpu"
     figure sweep "$1" "out/$1-cpu" "${@:2}"
@@ -27,7 +28,7 @@ sweep() {  # EXPERIMENT AXES: every combination in its grids
 python scripts/toy.py --out results/cpu/figure2
 python scripts/hessian.py estimators --out results/cpu/estimators
 
-# The last round of the search for the settings. What follows has other seeds.
+# The last round of the search for the settings. The runs after it have other seeds.
 run gpt2_30m --sweep --seeds=2 --train.out_dir=out/search4
 table search out/search4
 figure sweep search out/search4 --x=optimizer.lr --y=optimizer.beta1

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Pretrain under SLURM on any number of nodes. When its time is up the job saves, is requeued and goes on where it was;
-# a rank that dies brings all ranks back from the last checkpoint, three times a job.
+# Pretrain under SLURM on any number of nodes. Before its time limit the job saves, is requeued and
+# continues. If a rank dies, all ranks restart from the last checkpoint, three times per job.
 #
 #   sbatch --nodes=2 scripts/slurm.sh configs/gpt2_770m.toml --run=sophia-g
 #
-# Partition, account and the like: on sbatch's command line.
+# Pass partition, account and the like to sbatch.
 #SBATCH --job-name=gpt2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -18,7 +18,8 @@ cd "$SLURM_SUBMIT_DIR"
 source .venv/bin/activate
 
 stop_and_requeue() {
-    scancel --signal=TERM "$SLURM_JOB_ID" # the steps, not this script: torchrun passes it on, train.py saves and ends
+    # This signals the steps, not this script. torchrun passes it on, and train.py saves and exits.
+    scancel --signal=TERM "$SLURM_JOB_ID"
     wait "$steps" || true
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

@@ -1,10 +1,12 @@
-"""Figure 2: five optimizers on a two-dimensional loss, sharp in one direction, flat in the other, and not convex.
+"""Draw Figure 2: five optimizers on a two-dimensional, non-convex loss.
 
     python scripts/toy.py --out results/figure2
 
-L(x, y) = L1(x) + L2(y), L1(x) = 8 (x − 1)² (1.3 x² + 2 x + 1), L2(y) = (y − 4)² / 2. The minimum is (1, 4), where the
-curvature is 69 in x and 1 in y; (0, 4) is a saddle. Every optimizer knows the exact gradient, Newton and Sophia the
-exact diagonal of the Hessian. The start and the learning rates are ours: the paper's are in its picture alone.
+The loss is sharp in x and flat in y: L(x, y) = L1(x) + L2(y), with
+L1(x) = 8 (x − 1)² (1.3 x² + 2 x + 1) and L2(y) = (y − 4)² / 2. The minimum is (1, 4), where the
+curvature is 69 in x and 1 in y; (0, 4) is a saddle. Every optimizer gets the exact gradient, Newton
+and Sophia also the exact diagonal of the Hessian. The start and the learning rates are ours: the
+paper shows its own only in the figure.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis import plots as pictures
+from analysis import plots
 from runtime.cli import Parser, run_main
 from sophia import SophiaG
 
-START = (0.2, 0.0)  # L1 bends downwards there
+START = (0.2, 0.0)  # L1 has negative curvature there
 STEPS = 50
 
 
@@ -32,7 +34,7 @@ def loss(point: Tensor) -> Tensor:
 
 
 def curvature(point: Tensor) -> Tensor:
-    """The diagonal of the Hessian."""
+    """Return the diagonal of the Hessian."""
     return torch.func.hessian(loss)(point.detach()).diagonal()
 
 
@@ -48,14 +50,16 @@ def newton(p: Tensor, g: Tensor) -> None:
     p -= g / curvature(p)
 
 
-def torch_optimizer(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[Tensor, Tensor], None]:
-    """A step function that keeps one optimizer for its one parameter."""
+def torch_optimizer(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer],
+) -> Callable[[Tensor, Tensor], None]:
+    """Return a step function that creates an optimizer in its first call and keeps it."""
     made: list[torch.optim.Optimizer] = []
 
     def step(p: Tensor, g: Tensor) -> None:
         if not made:
             made.append(make([p]))
-        (optimizer,) = made
+        optimizer = made[0]
         p.grad = g
         if isinstance(optimizer, SophiaG):
             optimizer.update_hessian({p: curvature(p)})
@@ -64,20 +68,27 @@ def torch_optimizer(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Ca
     return step
 
 
+def make_adam(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=0.3, betas=(0.9, 0.95))
+
+
+def make_sophia(params: list[Tensor]) -> torch.optim.Optimizer:
+    return SophiaG(params, lr=0.3, betas=(0.0, 0.0), rho=0.3, eps=1e-12, weight_decay=0.0)
+
+
 def methods() -> dict[str, Callable[[Tensor, Tensor], None]]:
+    """Return the step function of each method."""
     return {
         "gradient descent": gradient_descent,
         "SignGD": sign_descent,
-        "Adam": torch_optimizer(lambda params: torch.optim.Adam(params, lr=0.3, betas=(0.9, 0.95))),
+        "Adam": torch_optimizer(make_adam),
         "Newton": newton,
-        "Sophia": torch_optimizer(
-            lambda params: SophiaG(params, lr=0.3, betas=(0.0, 0.0), rho=0.3, eps=1e-12, weight_decay=0.0)
-        ),
+        "Sophia": torch_optimizer(make_sophia),
     }
 
 
 def trajectory(step: Callable[[Tensor, Tensor], None], steps: int = STEPS) -> Tensor:
-    """The points (steps + 1, 2) that a method visits."""
+    """Return the points (steps + 1, 2) that a method visits."""
     p = torch.tensor(START, dtype=torch.float64)
     points = [p.clone()]
     for _ in range(steps):
@@ -87,10 +98,14 @@ def trajectory(step: Callable[[Tensor, Tensor], None], steps: int = STEPS) -> Te
 
 
 def draw(paths: dict[str, Tensor], files: list[Path]) -> None:
-    plt = pictures.pyplot()
-    x, y = torch.meshgrid(torch.linspace(-0.9, 1.6, 200), torch.linspace(-0.5, 5, 200), indexing="xy")
+    plt = plots.pyplot()
     figure, panel = plt.subplots(figsize=(7, 5), layout="constrained")
-    panel.contour(x, y, loss(torch.stack([x, y])), levels=[0.1, 0.5, 1, 2, 4, 6, 8, 10, 12, 16, 24], colors="#cccccc")
+
+    xs, ys = torch.linspace(-0.9, 1.6, 200), torch.linspace(-0.5, 5, 200)
+    x, y = torch.meshgrid(xs, ys, indexing="xy")
+    levels = [0.1, 0.5, 1, 2, 4, 6, 8, 10, 12, 16, 24]
+    panel.contour(x, y, loss(torch.stack([x, y])), levels=levels, colors="#cccccc")
+
     colors = ("#0072B2", "#E69F00", "#56B4E9", "#555555", "#CC3311")
     for (name, points), color in zip(paths.items(), colors, strict=True):
         panel.plot(points[:, 0], points[:, 1], marker="o", ms=2.5, lw=1, color=color, label=name)
@@ -98,16 +113,21 @@ def draw(paths: dict[str, Tensor], files: list[Path]) -> None:
     panel.plot(0, 4, marker="X", ms=8, color="black", ls="", label="saddle")
     panel.set(xlabel="x, sharp", ylabel="y, flat", xlim=(-0.9, 1.6), ylim=(-0.5, 5))
     panel.legend(frameon=False, loc="lower left")
-    pictures.save(figure, files)
+    plots.save(figure, files)
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out/figure2"), help="folder to write to")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("out/figure2"), help="folder to write to"
+    )
     out = parser.parse_args().out
+
     paths = {name: trajectory(step) for name, step in methods().items()}
     lines = ["| method | x | y | loss after 50 steps |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {name} | {p[-1, 0]:.3f} | {p[-1, 1]:.3f} | {loss(p[-1]):.2e} |" for name, p in paths.items()]
+    for name, points in paths.items():
+        x, y = points[-1]
+        lines.append(f"| {name} | {x:.3f} | {y:.3f} | {loss(points[-1]):.2e} |")
     print("\n".join(lines))
     draw(paths, [out / "toy.png"])
     (out / "toy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Upload runs to Weights & Biases from their metrics.jsonl, for example after training without a network.
+"""Upload runs to Weights & Biases from their metrics.jsonl, e.g. after training without a network.
 
     python scripts/wandb_sync.py out/gpt2_125m/adamw out/gpt2_125m/sophia-g
 
-The run on wandb's side is the one that training made, if it made any: same id, same group. What wandb has already is
-not sent again, so the command may be repeated.
+The wandb run is the one that training has created, if any: same id, same group. What wandb already
+has is not sent again, so the command may be repeated.
 """
 
 from __future__ import annotations
@@ -14,37 +14,47 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pydantic import ValidationError
-
 from runtime.cli import Parser, UserError, reason, run_main
-from runtime.config import Config
-from runtime.metrics import read_environment, read_metrics
-from runtime.trackers import finish_wandb, start_wandb, succeeds
+from runtime.config import from_stored
+from runtime.run_folder import CONFIG, METRICS, read_environment, read_metrics
+from runtime.trackers import WandbTracker
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folders with a metrics.jsonl")
-    parser.add_argument("--offline", action="store_true", help="only write wandb's own file, for `wandb sync`")
+    add = parser.add_argument
+    add("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folders with a metrics.jsonl")
+    add("--offline", action="store_true", help="only write wandb's own file, for `wandb sync`")
     arguments = parser.parse_args()
     for folder in arguments.runs:
         upload(folder, "offline" if arguments.offline else "online")
 
 
 def upload(folder: Path, mode: str) -> None:
-    """Send one run. Raises UserError where the folder holds none, or wandb cannot be reached."""
+    """Send one run.
+
+    Raises:
+        UserError: if the folder does not contain a run, or if wandb cannot be reached.
+    """
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        saved["wandb"]["mode"] = mode
-        config = Config.model_validate(saved)
-        records = read_metrics(folder / "metrics.jsonl")
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{folder}: no run's folder ({reason(error)}); config.json, metrics.jsonl") from None
-    run = start_wandb(config, folder, config.model_dump() | {"environment": read_environment(folder)}, records)
-    if run is None or not succeeds(lambda: finish_wandb(run, records)):
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        stored["wandb"]["mode"] = mode
+        config = from_stored(stored)
+        records = read_metrics(folder / METRICS)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: not a run's folder, which has {CONFIG} and {METRICS} ({reason(error)})"
+        ) from error
+
+    tracker = WandbTracker(config, folder, read_environment(folder), records)
+    run = tracker.run
+    tracker.close()
+    if tracker.run is None:
         raise UserError(f"{folder}: not uploaded, wandb failed; see its message above")
     if mode == "online" and run.offline:
-        raise UserError(f"{folder}: not uploaded, wandb cannot be reached; run `wandb login` or try again later")
+        raise UserError(
+            f"{folder}: not uploaded, wandb cannot be reached; run `wandb login` or try again later"
+        )
     print(f"{folder}: {len(records)} lines, run {run.id} in project {config.wandb.project}")
 
 
