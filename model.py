@@ -150,7 +150,7 @@ class GPT(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Initialize as GPT-2: N(0, 0.02²), less for projections into the residual stream."""
+        """Initialize like GPT-2: N(0, 0.02²), less for projections into the residual stream."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

@@ -41,9 +41,9 @@ class Sophia(Optimizer):
     """Implements the update that SophiaG and SophiaH share.
 
     It is signed momentum, with smaller steps where the curvature is large. Until the first
-    :meth:`update_hessian`, h is 0 and the update is lr times the sign of the momentum. As in the
-    paper, neither m nor h is bias-corrected. Negative estimates stay in the average; only
-    ``max(rho * h, eps)`` is used.
+    :meth:`update_hessian`, h is 0 and the update is lr times the sign of the momentum (where
+    ``abs(m) >= eps``). As in the paper, neither m nor h is bias-corrected. Negative estimates stay
+    in the average; only ``max(rho * h, eps)`` is used.
 
     If the attribute ``found_inf`` is set to a 0-dim tensor of 1, as torch.amp does for fused
     optimizers, a step changes nothing, whatever the gradients contain. No host sync is needed.
@@ -60,7 +60,7 @@ class Sophia(Optimizer):
             does not recompile it.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: if a hyperparameter is out of range.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class SophiaG(Sophia):
 
     @torch.no_grad()
     def update_hessian_from_grad(self, n_labels: int, found_inf: Tensor | None = None) -> None:
-        """Average the estimate that the gradients in ``.grad`` make: n ĝ ⊙ ĝ.
+        """Average the estimate n ĝ ⊙ ĝ, where ĝ is in ``.grad``.
 
         The same as ``update_hessian(gnb_estimate(params, n_labels), found_inf)``, but without
         storing the estimate. With ``fused`` it is one pass over memory that reads ĝ and h and
@@ -425,7 +425,7 @@ def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
 def _sample_rows(logits: Tensor, u: Tensor, block: int = 256) -> Tensor:
     """Draw labels (N,) for logits (N, V) in two stages: first a block of classes, then one of them.
 
-    So the V probabilities of a row are only summed, and never stored.
+    Compiled, the V probabilities of a row are only summed, and never stored.
     """
     N, V = logits.shape
     peak = _at_least_fp32(logits.amax(-1, keepdim=True))
@@ -452,8 +452,8 @@ def _invert(cumulative: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
     Both u and the second result are in [0, 1).
     """
-    # Scaled by the last entry, which rounding leaves slightly off the true sum, so that no draw
-    # falls beyond the last part.
+    # Scale by the last entry instead of the true sum. They differ by rounding, and u must not fall
+    # beyond the last part.
     u = u * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, u, right=True).clamp(max=cumulative.shape[-1] - 1)
     upper = cumulative.gather(-1, index)
@@ -512,12 +512,12 @@ def hutchinson_estimate(
 
 
 def convert_rho(rho: float, *, counted: int, labels: int) -> float:
-    """Return this file's rho for a rho of a parameterization that counts another factor into h.
+    """Convert a rho from a parameterization that scales h differently.
 
     Here h has the factor `labels`, the number of labels that the estimate has really seen. The
     released code clips ``abs(m) / (rho * bs * EMA(ĝ²))``, so its h has the factor `counted` = bs,
     which the user passes. Version 1 of the paper counts sequences (its Sophia-G has rho = 20) and
-    writes lr = rho · η. Swap the two counts for the way back.
+    writes lr = rho · η. To convert back, swap `counted` and `labels`.
 
     Example: the released settings for 125M, rho 0.05 and bs 480 × 1024, estimated on 480 × 1024
     tokens, are rho 0.05 here.

@@ -3,8 +3,9 @@
     python train.py configs/quickstart.toml --run=sophia-g
     torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g
 
-Functions are in the order in which they are called. Update number 1, 2, … is made from batch number
-0, 1, …, and a batch is a function of (seed, step); see data/batches.py.
+Read it from top to bottom: main, the loop, one step, Sophia's estimate, validation, logging,
+checkpoints. Batch number 0, 1, … makes update number 1, 2, …, and is a function of (seed, step);
+see data/batches.py.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from runtime.metrics import RunLog
 from runtime.run_folder import describe_environment
 from sophia import hutchinson_estimate, sampled_label_loss
 
-MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs and labels, each (B, T)
+MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets (or uniforms), each (B, T)
 Records = list[dict[str, Any]]  # one per step
 summed_sampled_loss = functools.partial(sampled_label_loss, reduction="sum")
 
@@ -62,18 +63,18 @@ class Run:
     model: GPT
     forward: nn.Module  # the model, compiled if asked; shares its parameters
     parallel: nn.Module  # forward, averaging gradients over the ranks if there are several
-    optimizer: Any  # an Optimizer, or something with the same methods (optimizers/build.py)
+    optimizer: Any  # with an Optimizer's methods; may be sharded over the ranks (ZeRO-1)
     scaler: torch.amp.GradScaler  # enabled for float16 only
     hessian_micro_batch_size: int
 
 
 @dataclass
 class Progress:
-    """What changes, and is stored in a checkpoint besides weights and optimizer state."""
+    """What changes, besides weights and optimizer state. All of it is stored in checkpoints."""
 
-    step: int = 0  # updates made
+    step: int = 0  # batches used; a skipped update counts too
     seconds: float = 0.0  # spent in updates and estimates
-    validated_step: int = -1
+    validated_step: int = -1  # not even before the first update
     val_loss: float = math.inf
     best_loss: float = math.inf  # of the validated checkpoints
     best_step: int = -1
@@ -98,13 +99,15 @@ def main() -> None:
     for split in ("train", "val"):
         tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
     found = checkpoint.find_checkpoint(config, flags.resume, fingerprints(tokens))
-    if found and found[1]["validated_step"] == config.train.max_steps:
-        print(f"{config.run_dir}: finished already, {found[1]['step']} steps")
-        return
+    if found:
+        _, saved = found
+        if saved["validated_step"] == config.train.max_steps:
+            print(f"{config.run_dir}: finished already, {saved['step']} steps")
+            return
 
     distributed.start_process_group(ranks, device)
     try:
-        stopped_by = start(build_run(config, ranks, device, tokens), found)
+        stop_signal = restore_and_train(build_run(config, ranks, device, tokens), found)
         distributed.barrier()  # no rank may leave the group while another still needs it
     finally:
         gc.collect()  # objects that use the process group must be freed before it is destroyed
@@ -112,7 +115,7 @@ def main() -> None:
             dist.destroy_process_group()
 
     # The shell's convention for a signal: a stopped run must not look like a finished one.
-    distributed.exit_process(ranks, status=128 + stopped_by if stopped_by else 0)
+    distributed.exit_process(ranks, status=128 + stop_signal if stop_signal else 0)
 
 
 def build_run(
@@ -135,8 +138,8 @@ def build_run(
     return Run(config, ranks, device, tokens, model, forward, parallel, optimizer, scaler, micro)
 
 
-def start(run: Run, found: checkpoint.Found | None) -> int:
-    """Continue from the checkpoint, if one was found, and train. Return train's result."""
+def restore_and_train(run: Run, found: checkpoint.Found | None) -> int:
+    """Continue from the checkpoint, if one was found. Returns what `train` returns."""
     config, device = run.config, run.device
     progress = restore(run, found)
     if run.ranks.rank != 0:
@@ -160,41 +163,42 @@ def train(run: Run, progress: Progress, log: RunLog | None) -> int:
 
     Only rank 0 has a log. Returns the number of the signal that stopped it, or 0.
     """
-    config = run.config.train
+    options = run.config.train
     signals = distributed.catch_signals()
     saved_at = (progress.step, progress.validated_step)
     pending: Records = []  # steps whose numbers are still on the device
 
     while True:
-        stopping = distributed.max_over_ranks(signals[0] if signals else 0)
-        last = progress.step == config.max_steps
-        saving = stopping or last or progress.step % config.checkpoint_interval == 0
+        step = progress.step
+        stop_signal = distributed.max_over_ranks(signals[0] if signals else 0)
+        ending = stop_signal != 0 or step == options.max_steps
+        saving = ending or step % options.checkpoint_interval == 0
+        validating = step == options.max_steps or step % options.eval_interval == 0
+        validating = validating and stop_signal == 0 and progress.validated_step < step
 
-        if pending and (saving or progress.step % config.log_interval == 0):
+        if pending and (saving or validating or step % options.log_interval == 0):
             log_steps(run, pending, progress, log)
             pending.clear()
-
-        validating = (last or progress.step % config.eval_interval == 0) and not stopping
-        if validating and progress.validated_step < progress.step:
+        if validating:  # also before the first update
             validate(run, progress, log)
 
-        if saving and progress.step > 0 and (progress.step, progress.validated_step) != saved_at:
+        if saving and step > 0 and (step, progress.validated_step) != saved_at:
             if is_finite(run, progress):
                 save(run, progress, log)
-                saved_at = (progress.step, progress.validated_step)
+                saved_at = (step, progress.validated_step)
             elif log:
-                log.message(f"step {progress.step}: not saved, the weights or loss are not finite")
+                log.message(f"step {step}: not saved, weights, loss or gradient are not finite")
 
-        if stopping or last:
+        if ending:
             break
-        pending.append(train_step(run, progress.step))
+        pending.append(train_step(run, step))
         progress.step += 1
 
     if log:
-        if stopping:
-            log.message(f"stopped by a signal after step {progress.step}; continue with --resume")
+        if stop_signal:
+            log.message(f"stopped by a signal after step {step}; continue with --resume")
         log.close()
-    return stopping
+    return stop_signal
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -203,8 +207,8 @@ def train(run: Run, progress: Progress, log: RunLog | None) -> int:
 def train_step(run: Run, step: int) -> dict[str, Any]:
     """Make one update from batch number `step`.
 
-    Returns the step's record, with loss and gradient norm still on the device. Only float16's
-    scaler, Muon and SOAP need a host sync.
+    Returns the record of update number `step` + 1, with loss and gradient norm still on the device.
+    Only float16's scaler, Muon and SOAP need a host sync.
     """
     config, optimizer, world_size = run.config, run.optimizer, run.ranks.world_size
     lr = learning_rate(config, step)
@@ -212,10 +216,10 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
         group["lr"] = lr
 
     # Estimate the Hessian before the step, at the current weights (Algorithm 3).
-    started = estimated = timestamp(run.device)
+    times = [timestamp(run.device)]
     if config.hessian_interval and step % config.hessian_interval == 0:
         update_hessian(run, step)
-        estimated = timestamp(run.device)
+        times.append(timestamp(run.device))
 
     # The gradient of the mean loss over all micro-batches and ranks.
     batch_size, micro_size = config.train.batch_size, config.train.micro_batch_size
@@ -228,14 +232,16 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     max_norm = config.train.grad_clip or math.inf
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
 
-    # Skip the update if the loss or gradient is not finite. Decided on the device: no host sync.
+    # Skip the update if the loss or gradient is not finite: skip_if sets `found_inf`, with which
+    # the optimizer's step changes nothing. Decided on the device: no host sync. With float16 the
+    # scaler skips by itself.
     if not run.scaler.is_enabled():
         state.skip_if(optimizer, state.not_finite(loss + grad_norm))
     run.scaler.step(optimizer)
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
-    times = (started, estimated, timestamp(run.device))
+    times.append(timestamp(run.device))
     return {"step": step + 1, "lr": lr, "loss": loss, "grad_norm": grad_norm, "times": times}
 
 
@@ -260,16 +266,16 @@ def get_batch(run: Run, step: int, size: int, micro_size: int) -> MicroBatches:
     model, seed, tokens = run.config.model, run.config.train.seed, run.tokens["train"]
     T, vocab_size = model.block_size, model.text_vocab_size
     offsets = batches.window_offsets(seed, step, len(tokens), T, size)
+    masked = None if model.causal else batches.masked_positions(seed, step, size, model)
     for rows in batches.rank_slices(size, micro_size, run.ranks):
         x, y = batches.read_windows(tokens, offsets[rows], T, vocab_size)
-        if not model.causal:
-            masked = batches.masked_positions(seed, step, size, model)
+        if masked is not None:
             x, y = batches.mask_tokens(x, masked[rows], model.mask_token)
         yield to_device(x, run.device), to_device(y, run.device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device. A copy from pinned memory overlaps with computation."""
+    """Copy to the device. From pinned memory, the host does not wait for the copy."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -286,20 +292,22 @@ def accumulate_gradient(
 ) -> Tensor:
     """Put the gradient of the criterion's mean over all tokens into .grad, and return the mean.
 
-    `criterion(logits, labels)` is a sum over tokens, `count` the number of micro-batches of all
-    ranks together. The gradient is that of all ranks, and with float16 carries the scaler's factor.
-    The mean is this rank's own, still on the device.
+    `criterion(logits, targets)` is a sum over tokens, `count` the number of micro-batches of all
+    ranks together. The gradient is averaged over all ranks; with float16 it is still multiplied by
+    the scaler's factor. The mean is this rank's own, still on the device.
     """
     own = count // run.ranks.world_size
     losses = []
-    for index, (x, labels) in enumerate(micro_batches, start=1):
+    for index, (x, targets) in enumerate(micro_batches, start=1):
         if isinstance(run.parallel, DistributedDataParallel):
             # Exchange gradients in the last backward pass only; DDP reads this in forward.
             run.parallel.require_backward_grad_sync = index == own
         with autocast(run.config, run.device):
             n_labels = len(x) * run.config.model.labels_per_sequence
-            loss = run.parallel(x, criterion, labels) / n_labels
-        run.scaler.scale(loss / own).backward()
+            loss = run.parallel(x, criterion, targets) / n_labels
+        run.scaler.scale(
+            loss / own
+        ).backward()  # the mean over own micro-batches; DDP averages ranks
         losses.append(loss.detach())
     return torch.stack(losses).mean()
 
@@ -319,8 +327,8 @@ def timestamp(device: torch.device) -> Any:
 def update_hessian(run: Run, step: int) -> None:
     """Estimate the Hessian on the first hessian_batch_size sequences of the step's batch.
 
-    An estimate that is not finite is left out of the average, where it would stay forever. All
-    ranks have the same estimate and so decide alike, on the device: no host sync.
+    An estimate that is not finite is dropped, because it would stay in the moving average forever.
+    All ranks have the same estimate and so decide alike, on the device: no host sync.
     """
     size, micro_size = run.config.hessian_batch_size, run.hessian_micro_batch_size
     micro_batches = get_batch(run, step, size, micro_size)
@@ -336,11 +344,11 @@ def update_by_gradient(run: Run, micro_batches: MicroBatches, step: int) -> None
     criterion: Callable[..., Tensor] = summed_loss
     if config.optimizer.hessian_estimator == "gnb":
         criterion = summed_sampled_loss
-        micro_batches = with_uniforms(run, micro_batches, step)
+        micro_batches = replace_targets_by_uniforms(run, micro_batches, step)
     accumulate_gradient(run, criterion, micro_batches, size // run.hessian_micro_batch_size)
 
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-    if run.scaler.is_enabled():
+    if run.scaler.is_enabled():  # unscale_ can be called once per update, and the step needs it
         torch._foreach_div_(grads, run.scaler.get_scale())
     n_labels = size * config.model.labels_per_sequence
     found_inf = state.not_finite(n_labels * nn.utils.get_total_norm(grads).square())
@@ -348,11 +356,11 @@ def update_by_gradient(run: Run, micro_batches: MicroBatches, step: int) -> None
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def with_uniforms(run: Run, micro_batches: MicroBatches, step: int) -> MicroBatches:
-    """Replace targets by uniform numbers that decide which labels are sampled, -1 for none."""
+def replace_targets_by_uniforms(run: Run, micro_batches: MicroBatches, step: int) -> MicroBatches:
+    """Yield the inputs with uniform numbers that decide which labels are sampled; -1 for none."""
     config, size = run.config, run.config.hessian_batch_size
     uniforms = batches.label_uniforms(config.train.seed, step, size, config.model.block_size)
-    slices = batches.rank_slices(size, run.hessian_micro_batch_size, run.ranks)
+    slices = batches.rank_slices(size, run.hessian_micro_batch_size, run.ranks)  # as in get_batch
     for (x, y), rows in zip(micro_batches, slices, strict=True):
         u = to_device(torch.from_numpy(uniforms[rows]), run.device)
         yield x, u.masked_fill(y < 0, -1)  # a token without a target gets no label
@@ -363,8 +371,8 @@ def update_by_hutchinson(run: Run, micro_batches: MicroBatches, step: int) -> No
     estimates = hutchinson(run, micro_batches, step)
     found_inf = state.not_finite(nn.utils.get_total_norm(list(estimates.values())))
     optimizer = state.local_shard(run.optimizer)
-    own = {p: estimates[p] for group in optimizer.param_groups for p in group["params"]}
-    optimizer.update_hessian(own, found_inf)
+    mine = {p: estimates[p] for group in optimizer.param_groups for p in group["params"]}
+    optimizer.update_hessian(mine, found_inf)
 
 
 def hutchinson(run: Run, micro_batches: MicroBatches, step: int) -> dict[Tensor, Tensor]:
@@ -401,7 +409,8 @@ def hutchinson_micro_batch(
     n_labels = len(x) * model.config.labels_per_sequence
 
     def loss(p: dict[str, Tensor]) -> Tensor:
-        return summed_loss(functional_call(model, p, (x,)), y) / n_labels
+        logits = functional_call(model, p, (x,))
+        return summed_loss(logits, y) / n_labels
 
     with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivative
         return hutchinson_estimate(loss, params, probes)
@@ -421,15 +430,16 @@ def validate(run: Run, progress: Progress, log: RunLog | None) -> None:
     config, ranks, device = run.config, run.ranks, run.device
     limit, micro_size = config.train.eval_windows, config.train.micro_batch_size
     windows = batches.validation_windows(run.tokens["val"], config.model, limit, micro_size, ranks)
-    sums, count = [torch.zeros((), device=device)], 0
+    sums = [torch.zeros((), device=device)]  # with few windows, a rank may have none
+    count = 0
     for x, y in windows:
         with autocast(config, device):
             sums.append(run.forward(to_device(x, device), summed_loss, to_device(y, device)))
-        count += int((y >= 0).sum())
+        count += int((y >= 0).sum())  # -1 marks what is not a target
 
     total = torch.tensor([torch.stack(sums).cpu().double().sum(), count], dtype=torch.float64)
     if ranks.world_size > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total)  # on the CPU, with gloo
     progress.val_loss = float(total[0] / total[1])
     progress.validated_step = progress.step
     if log:
@@ -450,7 +460,7 @@ def log_steps(run: Run, pending: Records, progress: Progress, log: RunLog | None
 
 
 def fetch_records(run: Run, pending: Records, progress: Progress) -> Records:
-    """Fetch the numbers of pending steps from the device: the only host sync while training."""
+    """Fetch the numbers of pending steps from the device, and complete their records."""
     losses = torch.stack([step["loss"] for step in pending]).tolist()
     grad_norms = torch.stack([step["grad_norm"] for step in pending]).tolist()
 
@@ -458,15 +468,15 @@ def fetch_records(run: Run, pending: Records, progress: Progress) -> Records:
     for step, loss, grad_norm in zip(pending, losses, grad_norms, strict=True):
         record = {"step": step["step"], "loss": loss, "lr": step["lr"], "grad_norm": grad_norm}
         record["clipped"] = 0 < run.config.train.grad_clip < grad_norm
-        started, estimated, ended = step["times"]
-        record["step_ms"] = milliseconds_between(estimated, ended)
-        if estimated is not started:
-            record["hessian_ms"] = milliseconds_between(started, estimated)
+        *estimate, started, ended = step["times"]
+        record["step_ms"] = milliseconds_between(started, ended)
+        if estimate:  # the estimate began at the first of three times
+            record["hessian_ms"] = milliseconds_between(estimate[0], started)
 
-        progress.bad_steps += 1
         if math.isfinite(loss + grad_norm):
             progress.bad_steps = 0
         else:
+            progress.bad_steps += 1
             record["skipped"] = True
         progress.seconds += (record["step_ms"] + record.get("hessian_ms", 0.0)) / 1000
         record["tokens"] = step["step"] * run.config.tokens_per_step
@@ -481,13 +491,13 @@ def milliseconds_between(start: Any, end: Any) -> float:
 
 
 def stop_if_diverged(run: Run, progress: Progress) -> None:
-    """Raise UserError after max_bad_steps consecutive non-finite steps."""
+    """Raise UserError if the last max_bad_steps steps, or more, were not finite."""
     if progress.bad_steps >= run.config.train.max_bad_steps:
         raise UserError(
-            f"{run.config.run_dir}: no finite loss or gradient in {progress.bad_steps} steps up to "
-            f"{progress.step}; none was applied, and no checkpoint contains such weights. Start "
-            f"again in another train.out_dir with a lower optimizer.lr, a longer warm-up, float32, "
-            f"or (Sophia) a larger rho"
+            f"{run.config.run_dir}: loss or gradient not finite in the last {progress.bad_steps} "
+            f"steps, up to step {progress.step}. These updates were skipped, and the checkpoints "
+            f"are intact. Start again in another train.out_dir with a lower optimizer.lr, a longer "
+            f"warm-up, float32, or (Sophia) a larger rho"
         )
 
 
@@ -529,7 +539,7 @@ def restore(run: Run, found: checkpoint.Found | None) -> Progress:
         progress = Progress(**{key: saved[key] for key in asdict(Progress())})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a checkpoint of this run ({reason(error)})") from error
-    saved.clear()  # main() would keep its copy of weights and states alive
+    saved.clear()  # free the loaded tensors, to which main() still holds a reference
     return progress
 
 

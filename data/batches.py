@@ -32,7 +32,7 @@ def window_offsets(
     """
     raw = _generator(seed, step, WINDOWS).random_raw(batch_size)
     # Raw output instead of Generator.integers, whose stream numpy may change between releases. The
-    # modulo's bias is below 1e-9 for any file that fits on a disk.
+    # modulo's bias is below 1e-6 for any file that fits on a disk.
     return (raw % np.uint64(n_tokens - block_size)).astype(np.int64)
 
 
@@ -66,7 +66,7 @@ def mask_tokens(x: Tensor, masked: Tensor, mask_token: int) -> tuple[Tensor, Ten
     """Return inputs and targets (B, T) of masked language modelling.
 
     Targets are the tokens behind the masks, and -1 elsewhere. Every chosen token is masked. BERT
-    keeps or exchanges a fifth of them to prepare for fine-tuning, which does not follow here.
+    keeps or replaces a fifth of them to prepare for fine-tuning; we do not fine-tune.
     """
     return x.masked_fill(masked, mask_token), x.masked_fill(~masked, -1)
 

@@ -35,7 +35,7 @@ def fingerprints(tokens: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return the folder's meta.json, or {} if it has none, as folders made by nanoGPT.
+    """Return the folder's meta.json, or {} if there is none, as in nanoGPT's folders.
 
     Raises:
         UserError: if the file is damaged.
@@ -101,7 +101,7 @@ def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> n
 
 
 def check_vocabulary(largest: int, vocab_size: int, where: object) -> None:
-    """Refuse a token that has no row in the embedding table; on a GPU it would be an assert."""
+    """Refuse a token without a row in the embedding table (on a GPU: a device-side assert)."""
     if largest >= vocab_size:
         raise UserError(
             f"{where}: contains token {largest}, but model.vocab_size is {vocab_size}; "

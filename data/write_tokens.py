@@ -2,14 +2,15 @@
 
 The files are nanoGPT's: uint16 tokens, document after document, each ended by the end-of-text
 token. Tokens go straight to disk in the order of the documents, whatever the number of workers.
-After each shard progress.json records how far the two files are complete, and a killed run
-continues from there. The files have the suffix .partial until all of them are complete; meta.json
-is written last.
+Every 10 million tokens, at the end of a shard, progress.json records how far the two files are
+complete, and a killed run continues from there. The files have the suffix .partial until all of
+them are complete; meta.json is written last.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +32,7 @@ from data.tokenizer import load_tokenizer
 from runtime.cli import UserError, reason
 from runtime.files import locked, write_json
 
-# Read when `datasets` is imported, which would import torch otherwise: three seconds.
+# Keeps `datasets` from importing torch, which takes three seconds. Must be set before the import.
 os.environ.setdefault("USE_TORCH", "0")
 
 SPLITS = ("train", "val")
@@ -54,8 +56,8 @@ def write_dataset(
     """Tokenize the first `n_documents` of the shards' documents into the folder `out`.
 
     Args:
-        out: is created. If it has a part of the same data, that is continued; if it is complete,
-            nothing happens.
+        out: created if missing. An unfinished preparation of the same data is resumed, a finished
+            one left alone.
         shards: each yields the texts of one shard when it is called.
         n_documents: at most as many as there are.
         tokenizer: a name that :func:`data.tokenizer.load_tokenizer` knows.
@@ -227,15 +229,17 @@ def _append(
     held_out: set[int],
     progress: dict[str, Any],
 ) -> None:
+    """Append a task's documents to the files of their splits, one write per run of documents."""
+    first = progress["documents"]
+    splits = ["val" if first + i in held_out else "train" for i in range(len(lengths))]
     start = 0
-    for length in lengths:
-        split = "val" if progress["documents"] in held_out else "train"
-        files[split].write(tokens[start : start + length].data)
-        start += length
-        progress["tokens"][split] += length
-        progress["documents"] += 1
-        if split == "val":
-            progress["val_documents"] += 1
+    for split, documents in itertools.groupby(zip(splits, lengths, strict=True), key=itemgetter(0)):
+        end = start + sum(length for _, length in documents)
+        files[split].write(tokens[start:end].data)
+        progress["tokens"][split] += end - start
+        start = end
+    progress["documents"] += len(lengths)
+    progress["val_documents"] += splits.count("val")
 
 
 def _exit_with_parent() -> None:

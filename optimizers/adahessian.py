@@ -7,9 +7,8 @@ Adam with the Hessian's diagonal in place of the gradient in the second moment:
     \qquad \theta \leftarrow \theta (1 - \eta \lambda) - \eta \, \hat m / (\hat v^{k/2} + \epsilon)
 
 D is Hutchinson's estimate with Rademacher probes (:func:`sophia.hutchinson_estimate`), m̂ and v̂
-are bias-corrected, and k is the Hessian power. The paper averages D over blocks of a weight, whose
-size its code chooses in three different ways. Here nothing is averaged, as in that code for image
-models.
+are bias-corrected, and k is the Hessian power. The paper averages D over blocks of each weight, but
+its code uses three different block sizes. We do not average, as in its code for image models.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class AdaHessian(Optimizer):
         hessian_power: k, from 0 (momentum SGD) to 1.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: if a hyperparameter is out of range.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class AdaHessian(Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: if :meth:`update_hessian` was not called yet.
+            RuntimeError: if :meth:`update_hessian` has not been called yet.
         """
         loss = None
         if closure is not None:

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 class Lion(Optimizer):
     """Implements Lion.
 
-    Apart from weight decay, every entry moves by exactly lr, so a good lr is 3 to 10 times smaller
-    than AdamW's.
+    Apart from weight decay, every entry with a momentum moves by exactly lr, so a good lr is 3 to
+    10 times smaller than AdamW's.
 
     If the attribute ``found_inf`` is set to a 0-dim tensor of 1, as torch.amp does for fused
     optimizers, a step changes nothing, whatever the gradients contain. No host sync is needed.
@@ -38,7 +38,7 @@ class Lion(Optimizer):
             does not recompile it.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: if a hyperparameter is out of range.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Sophia with one part replaced, as in the paper's ablation (later version, section 4.4 ?).
+"""Variants of Sophia with one part replaced, after the ablation in the paper's later version.
 
-They show what each part contributes and are not meant for training. "?" marks what was recalled
-from the paper and not verified: the normalization is ours.
+They show what each part contributes and are not meant for training. The normalization is ours: we
+have not checked it against the paper.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SophiaAblation(SophiaG):
             h² ← β₂ h² + (1 − β₂) ĥ² as in AdaHessian, which counts an estimate's noise as
             curvature.
         update: "clip", clip(m / max(ρ h, ε), 1) as in Sophia; "divide", the same without the clip;
-            or "normalize", m / √mean(m²) per tensor ?, which uses no curvature.
+            or "normalize", m / √mean(m²) per tensor, which ignores the curvature.
 
     Raises:
         ValueError: if a hyperparameter is out of its range.
@@ -48,7 +48,7 @@ class SophiaAblation(SophiaG):
     def update_hessian(
         self, estimates: Mapping[Any, Tensor], found_inf: Tensor | None = None
     ) -> None:
-        """Average new estimates, as :meth:`sophia.Sophia.update_hessian` with another average."""
+        """Average new estimates, like :meth:`sophia.Sophia.update_hessian`."""
         if self.average == "mean":
             super().update_hessian(estimates, found_inf)
             return
@@ -64,7 +64,7 @@ class SophiaAblation(SophiaG):
 
     @torch.no_grad()
     def update_hessian_from_grad(self, n_labels: int, found_inf: Tensor | None = None) -> None:
-        """Average the estimate n ĝ ⊙ ĝ that the gradients in ``.grad`` make."""
+        """Average the estimate n ĝ ⊙ ĝ, where ĝ is in ``.grad``."""
         params = [p for group in self.param_groups for p in group["params"]]
         self.update_hessian(gnb_estimate(params, n_labels), found_inf)
 

@@ -24,7 +24,7 @@ GROUP_STEP = "group_step"
 class ChainedOptimizer:
     """Several optimizers that update different parameters of one model.
 
-    They ignore `found_inf` themselves, so skipping a step needs a host sync here.
+    Not all of them can skip a step on the device, so skipping needs a host sync here.
     """
 
     def __init__(self, *parts: Optimizer) -> None:

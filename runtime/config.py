@@ -124,7 +124,8 @@ class _WithHessian(_WithEps):
     hessian_micro_batch_size: int | None = Field(
         None,
         gt=0,
-        description="most sequences that a rank estimates on at once (default: as many as fit)",
+        description="largest micro-batch of an estimate, per rank (default: a training "
+        "micro-batch, or for Hutchinson what needs no more memory than one)",
     )
 
 
@@ -325,8 +326,9 @@ def _all_keys() -> dict[str, FieldInfo]:
 
 KEYS = _all_keys()  # dotted name → field, with the keys of all optimizers
 
-# Keys that a resumed run may change: they decide where, how fast or how often, and change the
-# results by no more than rounding.
+# Keys that a resumed run may change. They affect where a run writes, its speed or how often it
+# logs, but not its results beyond rounding. (On another kind of device, Hutchinson's probes are
+# other random numbers.)
 FREE_KEYS = {
     "data.path",
     "train.micro_batch_size",

@@ -120,7 +120,10 @@ def _fresh_store(store: dist.Store, ranks: Ranks) -> dist.Store:
 
 
 def catch_signals() -> list[int]:
-    """Return a list that will contain the first of SIGNALS; a second signal ends the process."""
+    """Return a list to which received SIGNALS are appended.
+
+    A second signal of the same kind ends the process.
+    """
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:
@@ -149,7 +152,7 @@ def barrier() -> None:
 def exit_process(ranks: Ranks, status: int) -> None:
     """Exit with `status`.
 
-    Several ranks exit without the interpreter's cleanup, in which gloo's threads sometimes abort.
+    With several ranks, skip the interpreter's cleanup: gloo's threads sometimes abort during it.
     """
     if ranks.world_size > 1:
         sys.stdout.flush()

@@ -2,8 +2,8 @@
 
 An experiment file has what its runs share, and one table per run, [runs.NAME], that overrides any
 key. It can inherit with `base`: at the top, `base = [FILES]` merges those files first, one over the
-other; in a run's table, `base = "RUN"` starts from another run. A file that lists runs has only
-these, otherwise it has those of its first base.
+other; in a run's table, `base = "RUN"` starts from another run. If a file lists runs, it has only
+these; otherwise it has those of the first base that has any.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ UNFINISHED = ".tmp"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file whose content replaces `path` when the block ends, and never if it fails.
+    """Open a temporary file that replaces `path` when the block ends.
 
-    The content and the new name survive a crash of the machine once the block has ended.
+    If the block fails, `path` is untouched. Once it has ended, the content and the new name survive
+    a crash of the machine.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:

@@ -28,7 +28,7 @@ SHAPE = {
     "vocab_size": ("vocab_size", 50257),
     "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", False),
 }
-# Settings that our model does not offer in any other way.
+# Settings for which our model supports only one value.
 FIXED = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,

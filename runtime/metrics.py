@@ -1,7 +1,7 @@
 """What a run logs: metrics.jsonl, a progress bar or plain lines, and trackers.
 
 metrics.jsonl has two kinds of lines. One per step: {"step", "loss", "lr", "grad_norm", "clipped",
-"step_ms", …}, where `step` counts updates from 1. It has "hessian_ms" if the Hessian was estimated,
+"step_ms", …}, where `step` counts from 1. It has "hessian_ms" if the Hessian was estimated,
 and "skipped" if the loss or the gradient was not finite (null) and the update was not applied. The
 last line of a log interval also has the throughput and Sophia's statistics. And one per validation:
 {"step", "val_loss"}. Both have "tokens" (seen so far) and "seconds" (spent in steps and estimates,

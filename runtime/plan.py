@@ -18,7 +18,7 @@ from runtime.cost import (
 
 
 def check_divisible(config: Config, world_size: int) -> None:
-    """Refuse a batch that ranks and micro-batches do not divide, naming the nearest that work."""
+    """Refuse a batch that ranks × micro-batch do not divide, and suggest the nearest sizes."""
     batch, micro = config.train.batch_size, config.train.micro_batch_size
     unit = micro * world_size
     if batch % unit:
@@ -45,7 +45,7 @@ def check_divisible(config: Config, world_size: int) -> None:
 
 
 def hessian_micro_batch_size(config: Config, world_size: int) -> int:
-    """Return how many sequences a rank estimates on at once; 0 if the optimizer needs no estimates.
+    """Return the micro-batch size of the Hessian estimate per rank, or 0 without estimates.
 
     It is the largest divisor of the rank's share that the config allows. By default that is a
     training micro-batch, or for Hutchinson what needs no more memory than one.
