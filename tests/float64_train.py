@@ -1,6 +1,7 @@
-"""train.py in float64, for torchrun: sums in another order then agree to 1e-12 instead of 1e-6.
+"""Run train.py in float64, in which sums in a different order agree to 1e-12 instead of 1e-6.
 
-STOP_AFTER in the environment ends it by a SIGTERM to itself in that step.
+A separate script, so that torchrun can start it. With STOP_AFTER=n in the environment it sends
+itself a SIGTERM in step n.
 """
 
 import os
@@ -11,15 +12,16 @@ import torch
 import train
 from runtime.cli import run_main
 
-make_step = train.make_step
+train_step = train.train_step
 
 
 def stop_after(run: train.Run, step: int) -> dict:
+    """Make one step, after a SIGTERM to this process if it is step STOP_AFTER."""
     if str(step + 1) == os.environ.get("STOP_AFTER"):
         os.kill(os.getpid(), signal.SIGTERM)
-    return make_step(run, step)
+    return train_step(run, step)
 
 
-train.make_step = stop_after
+train.train_step = stop_after
 torch.set_default_dtype(torch.float64)
 run_main(train.main)

@@ -1,4 +1,4 @@
-"""compare.py, figures.py and the numbers behind them, on runs whose losses are known."""
+"""Test compare.py, figures.py and the statistics behind them, on runs with known losses."""
 
 from __future__ import annotations
 
@@ -15,107 +15,143 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis import runs as analysis
+from analysis.report import make_report
+from analysis.statistics import compare_losses
 from model import GPT, summed_loss
-from runtime import plan
 from runtime.cli import UserError, run_main
+from runtime.cost import GRADIENTS_PER_HVP
 from runtime.experiment import load_experiment
-from runtime.metrics import to_line
-from scripts import compare, figures, hessian, toy
-from tests.conftest import TINY
+from runtime.run_folder import to_line
+from tests.conftest import TINY, load_script
 from tests.wandb_file import read_history
+
+compare, figures = load_script("compare"), load_script("figures")
+hessian, toy = load_script("hessian"), load_script("toy")
 
 
 def write_run(out: Path, run: str, losses: list[float], **overrides: object) -> Path:
-    """A run's folder as train.py leaves it, with these validation losses at even intervals up to max_steps."""
+    """Write a run's folder as train.py would, and return it.
+
+    The validation losses are spread evenly over the steps, up to max_steps or `done`.
+    An override such as train__seed=2 sets the key train.seed.
+    """
     keys = {key.replace("__", "."): str(value) for key, value in overrides.items() if "__" in key}
     experiment = out / "tiny.toml"
     out.mkdir(parents=True, exist_ok=True)
     experiment.write_text(TINY.format(data="data", out="out"))
+
     config = load_experiment(experiment, run, keys)
     suffix = "".join(f",{key.split('.')[1]}={value}" for key, value in keys.items())
     config = config.model_copy(update={"run": run + suffix})
+
     folder = out / (run + suffix)
     folder.mkdir()
     (folder / "config.json").write_text(config.model_dump_json())
     (folder / "environment.json").write_text(json.dumps({"commit": "abc"}))
+
     done = int(overrides.get("done", config.train.max_steps))  # type: ignore[call-overload]
     lines = []
     for step in range(1, done + 1):
-        at = {"step": step, "tokens": 128 * step, "seconds": 0.5 * step}
-        record = at | {"loss": 3.0, "step_ms": 10.0, "clipped": step % 2 == 0}
-        lines.append(to_line(record | ({"hessian_ms": 6.0} if run.startswith("sophia") and step % 3 == 1 else {})))
+        record: dict[str, Any] = {"step": step, "tokens": 128 * step, "seconds": 0.5 * step}
+        record |= {"loss": 3.0, "step_ms": 10.0, "clipped": step % 2 == 0}
+        if run.startswith("sophia") and step % 3 == 1:
+            record["hessian_ms"] = 6.0
+        lines.append(to_line(record))
     for index, loss in enumerate(losses, start=1):
         step = done * index // len(losses)
-        lines.append(to_line({"step": step, "tokens": 128 * step, "seconds": 0.5 * step, "val_loss": loss}))
+        record = {"step": step, "tokens": 128 * step, "seconds": 0.5 * step, "val_loss": loss}
+        lines.append(to_line(record))
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 
 
 def report(out: Path, reference: str | None = None, target: float | None = None) -> str:
-    return compare.make_report(analysis.find_runs([out]), reference, target)
+    """Return the report on all runs below a folder."""
+    return make_report(analysis.find_runs([out]), reference, target)
+
+
+def read_table(text: str) -> list[list[str]]:
+    """Return the cells of a Markdown table, one list per line."""
+    lines = []
+    for line in text.splitlines():
+        if "|" in line:
+            lines.append([cell.strip() for cell in line.strip("|").split("|")])
+    return lines
 
 
 def rows(text: str, title: str) -> list[dict[str, str]]:
-    """The table below a title, as {column: cell} a line."""
-    table = text.split(f"{title}")[1].strip().split("\n\n")[1 if title.startswith("\n") else 0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
-    return [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
+    """Return the rows of the table below a title, each as {column: cell}."""
+    table = text.split(title)[1].strip().split("\n\n")[0]
+    columns, _, *lines = read_table(table)
+    return [dict(zip(columns, cells, strict=True)) for cells in lines]
 
 
-def test_seeds_are_gathered_with_their_deviation_and_a_paired_test(tmp_path: Path) -> None:
+def test_seeds_give_a_mean_a_deviation_and_a_paired_test(tmp_path: Path) -> None:
     for seed, (adamw, sophia) in enumerate([(2.0, 1.9), (2.2, 2.0), (2.4, 2.4)], start=1):
         write_run(tmp_path, "adamw", [3.0, adamw], train__seed=seed)
         write_run(tmp_path, "sophia-g", [3.0, sophia], train__seed=seed)
-    one, two = rows(report(tmp_path), "Final losses")
-    assert (one["run"], one["seeds"], one["val loss"], one["±"]) == ("tiny/adamw", "3", "2.2000", "0.2000")
+
+    adamw_row, sophia_row = rows(report(tmp_path), "Final losses")
+    shown = [adamw_row[column] for column in ("run", "seeds", "val loss", "±")]
+    assert shown == ["tiny/adamw", "3", "2.2000", "0.2000"]
+
     # Differences -0.1, -0.2, 0: t = -0.1 / (0.1 / √3) = -√3, two degrees of freedom.
     p = 1 - math.sqrt(3) / math.sqrt(3 + 2)
-    assert (two["less reference"], two["p"]) == ("-0.1000", f"{p:.3f}")
-    difference = analysis.compare_losses(*reversed(analysis.group_runs(analysis.find_runs([tmp_path]))))
+    assert (sophia_row["minus reference"], sophia_row["p"]) == ("-0.1000", f"{p:.3f}")
+    groups = analysis.group_runs(analysis.find_runs([tmp_path]))
+    difference = compare_losses(*reversed(groups))
     assert difference.p == pytest.approx(p)
     assert difference.seeds == 3
-    assert rows(report(tmp_path, "sophia-g"), "Final losses")[0]["less reference"] == "+0.1000"
+
+    adamw_row, _ = rows(report(tmp_path, "sophia-g"), "Final losses")
+    assert adamw_row["minus reference"] == "+0.1000"
 
 
-def test_only_common_seeds_are_compared_and_one_has_no_p(tmp_path: Path) -> None:
+def test_only_common_seeds_are_compared_and_one_pair_has_no_p(tmp_path: Path) -> None:
     for seed, loss in enumerate([2.0, 2.1, 9.0], start=1):
         write_run(tmp_path, "adamw", [loss], train__seed=seed)
     for seed, loss in enumerate([2.1, 2.3], start=1):
         write_run(tmp_path, "lion", [loss], train__seed=seed)
     write_run(tmp_path, "sophia-g", [1.9], train__seed=1)
+
     _, lion, sophia = rows(report(tmp_path), "Final losses")
-    assert (lion["less reference"], lion["pairs"]) == ("+0.1500", "2")
-    assert (sophia["less reference"], sophia["p"], sophia["pairs"]) == ("-0.1000", "–", "1")
+    assert (lion["minus reference"], lion["pairs"]) == ("+0.1500", "2")
+    assert (sophia["minus reference"], sophia["p"], sophia["pairs"]) == ("-0.1000", "–", "1")
 
 
-def test_other_data_are_other_runs_and_a_new_key_is_not(tmp_path: Path) -> None:
+def test_other_data_make_another_group_but_a_new_config_key_does_not(tmp_path: Path) -> None:
+    # The first run was written before model.causal existed.
     old = write_run(tmp_path, "adamw", [2.0], train__seed=1) / "config.json"
     config = json.loads(old.read_text())
-    del config["model"]["causal"]  # written before the key was there
+    del config["model"]["causal"]
     old.write_text(json.dumps(config))
     write_run(tmp_path, "adamw", [2.2], train__seed=2)
     (row,) = rows(report(tmp_path), "Final losses")
     assert (row["seeds"], row["val loss"]) == ("2", "2.1000")
+
     write_run(tmp_path, "adamw", [3.0], train__seed=3, data__path="elsewhere")
     text = report(tmp_path)
     assert len(rows(text, "Final losses")) == 2
-    assert 'warning: the runs differ in more than the optimizer. data.path: "data", "elsewhere"' in text
+    warning = "warning: the runs differ in more than the optimizer."
+    assert f'{warning} data.path: "data", "elsewhere"' in text
 
 
-def test_cost_counts_estimates_and_takes_medians(tmp_path: Path) -> None:
-    write_run(tmp_path, "adamw", [2.0])
-    write_run(tmp_path, "sophia-g", [2.0])
-    write_run(tmp_path, "sophia-h", [2.0])
+def test_cost_table_includes_hessian_estimates(tmp_path: Path) -> None:
+    for run in ("adamw", "sophia-g", "sophia-h"):
+        write_run(tmp_path, run, [2.0])
+
     adamw, g, h = rows(report(tmp_path), "Cost")
-    assert (g["T(step) ms"], g["T(Hessian) ms"], g["overhead"], g["clipped"]) == ("10.0", "6.0", "20.0%", "50.0%")
+    shown = [g[column] for column in ("T(step) ms", "T(Hessian) ms", "overhead", "clipped")]
+    assert shown == ["10.0", "6.0", "20.0%", "50.0%"]
     assert (adamw["T(Hessian) ms"], adamw["overhead"]) == ("–", "–")
+
     # 4 of 8 sequences every 3 steps: a sixth of a gradient; a Hessian-vector product is three.
     flops = [float(row["FLOPs"]) for row in (adamw, g, h)]
     assert flops[1] / flops[0] == pytest.approx(1 + 1 / 6, abs=0.01)
     assert flops[2] / flops[0] == pytest.approx(1 + 3 / 6, abs=0.01)
 
 
-def test_a_hessian_vector_product_is_three_gradients(tiny_gpt: GPT) -> None:
+def test_a_hessian_vector_product_costs_three_gradients(tiny_gpt: GPT) -> None:
     model = tiny_gpt.float()
     x, y = torch.randint(11, (2, 4, 6))
     with FlopCounterMode(display=False) as gradient:
@@ -123,45 +159,50 @@ def test_a_hessian_vector_product_is_three_gradients(tiny_gpt: GPT) -> None:
     with FlopCounterMode(display=False) as product:
         hessian.hutchinson(model, x, y, torch.randn_like)
     ratio = product.get_total_flops() / gradient.get_total_flops()
-    assert ratio == pytest.approx(plan.GRADIENTS_PER_HVP, rel=0.15)
+    assert ratio == pytest.approx(GRADIENTS_PER_HVP, rel=0.15)
 
 
-def test_unfinished_runs_and_other_differences_are_told(tmp_path: Path) -> None:
+def test_unfinished_runs_and_other_differences_are_reported(tmp_path: Path) -> None:
     write_run(tmp_path, "adamw", [2.0])
     write_run(tmp_path, "lion", [1.0], done=6)
     write_run(tmp_path, "sophia-g", [1.9], train__grad_clip=0.5)
+
     text = report(tmp_path)
     assert "note: tiny/lion is unfinished, step 6 of 12: left out" in text
     assert "warning: the runs differ in more than the optimizer. train.grad_clip: 0.5, 1.0" in text
-    assert [row["run"] for row in rows(text, "Final losses")] == ["tiny/adamw", "tiny/sophia-g,grad_clip=0.5"]
+    names = [row["run"] for row in rows(text, "Final losses")]
+    assert names == ["tiny/adamw", "tiny/sophia-g,grad_clip=0.5"]
     assert "lion" not in text.split("Final losses")[1]
-    assert "nothing to compare" in compare.make_report(analysis.find_runs([tmp_path / "lion"]), None, None)
+    assert "nothing to compare" in report(tmp_path / "lion")
 
 
-def test_a_target_is_reached_by_whole_schedules_alone(tmp_path: Path) -> None:
+def test_only_whole_schedules_reach_a_target(tmp_path: Path) -> None:
     write_run(tmp_path, "adamw", [2.0])
     write_run(tmp_path, "adamw", [1.8], train__max_steps=24)
-    write_run(tmp_path, "sophia-g", [1.7, 1.9])  # in its middle it was below
+    # Below the target halfway, but not at its end.
+    write_run(tmp_path, "sophia-g", [1.7, 1.9])
     write_run(tmp_path, "sophia-g", [1.75], train__max_steps=24)
     write_run(tmp_path, "lion", [2.1])
+
     text = report(tmp_path)
     found = {row["run"]: row for row in rows(text, "To the target")}
-    assert {name: row["steps"] for name, row in found.items()} == {
-        "adamw": "24",
-        "sophia-g": "24",
-        "lion": "not reached",
-    }
+    steps = {name: row["steps"] for name, row in found.items()}
+    assert steps == {"adamw": "24", "sophia-g": "24", "lion": "not reached"}
     assert found["adamw"]["target"] == "1.8000"
     assert found["sophia-g"]["seconds"] == "12"
-    by_hand = {row["run"]: row["steps"] for row in rows(report(tmp_path, target=1.95), "To the target")}
-    assert by_hand == {"adamw": "24", "sophia-g": "12", "lion": "not reached"}
+
+    table = rows(report(tmp_path, target=1.95), "To the target")
+    steps = {row["run"]: row["steps"] for row in table}
+    assert steps == {"adamw": "24", "sophia-g": "12", "lion": "not reached"}
+
     doubled = {row["run"]: row["as good as 2T"] for row in rows(text, "own decayed schedule")}
     assert doubled == {"tiny/sophia-g": "no", "tiny/lion": "no"}
+
     with pytest.raises(UserError, match="--reference=x: no such finished run"):
         report(tmp_path, reference="x")
 
 
-def test_data_efficiency_is_that_of_a_known_power_law(tmp_path: Path) -> None:
+def test_data_efficiency_matches_a_known_power_law(tmp_path: Path) -> None:
     def law(steps: float) -> float:
         return 1.5 + 0.8 * (steps / 12) ** -0.4
 
@@ -170,7 +211,11 @@ def test_data_efficiency_is_that_of_a_known_power_law(tmp_path: Path) -> None:
     write_run(tmp_path, "sophia-g", [law(1.5 * 24)], train__max_steps=24)
     write_run(tmp_path, "lion", [law(3 * 96)], train__max_steps=96)
     write_run(tmp_path, "sophia-h", [1.4], train__max_steps=96)
-    found = {row["run"].split("/")[1].split(",")[0]: row for row in rows(report(tmp_path), "over horizons")}
+
+    found = {}
+    for row in rows(report(tmp_path), "over horizons"):
+        name = row["run"].split("/")[1].split(",")[0]
+        found[name] = row
     assert float(found["sophia-g"]["D_eff / D"]) == pytest.approx(1.5, abs=0.02)
     assert found["sophia-g"]["within the fit"] == "yes"
     assert float(found["lion"]["D_eff / D"]) == pytest.approx(3, abs=0.1)
@@ -178,26 +223,36 @@ def test_data_efficiency_is_that_of_a_known_power_law(tmp_path: Path) -> None:
     assert found["sophia-h"]["D_eff / D"] == "beyond the fit's floor"
 
 
-def test_compare_writes_table_csv_json_pictures_and_a_page_of_its_own(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_compare_writes_markdown_csv_json_figures_and_a_standalone_page(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     write_run(tmp_path, "adamw", [3.0, 2.0])
     write_run(tmp_path, "sophia-g", [3.0, math.nan])
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path), "--out", str(tmp_path / "new/results")])
+    out = tmp_path / "new/results"
+
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path), "--out", str(out)])
     run_main(compare.main)
-    printed, out = capsys.readouterr().out, tmp_path / "new/results"
-    assert (out / "compare.md").read_text().strip() in printed
+
+    assert (out / "compare.md").read_text().strip() in capsys.readouterr().out
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "compare.svg").read_text()
+
     page = (out / "compare.html").read_text()
     assert "tiny/adamw" in page
     assert "Plotly.newPlot" in page
     assert 'src="http' not in page
-    (one, two) = json.loads((out / "compare.json").read_text())
-    assert (one["val_loss"], one["environment"], one["curve"]) == (2.0, {"commit": "abc"}, [[6, 3.0], [12, 2.0]])
-    assert two["val_loss"] is None
-    assert (out / "compare.csv").read_text().splitlines()[0].startswith("name,finished,step,val_loss,seed")
+
+    adamw, sophia = json.loads((out / "compare.json").read_text())
+    assert adamw["val_loss"] == 2.0
+    assert adamw["environment"] == {"commit": "abc"}
+    assert adamw["curve"] == [[6, 3.0], [12, 2.0]]
+    assert sophia["val_loss"] is None
+
+    header = (out / "compare.csv").read_text().splitlines()[0]
+    assert header.startswith("name,finished,step,val_loss,seed")
 
 
-def test_wandb_runs_are_read_like_folders(tmp_path: Path, monkeypatch) -> None:
+def test_wandb_runs_give_the_same_report_as_folders(tmp_path: Path, monkeypatch) -> None:
     import wandb
 
     write_run(tmp_path, "adamw", [3.0, 2.0])
@@ -205,11 +260,15 @@ def test_wandb_runs_are_read_like_folders(tmp_path: Path, monkeypatch) -> None:
     write_run(tmp_path, "sophia-g", [3.0, 1.9])
     local = analysis.find_runs([tmp_path])
 
-    class Stored:
-        def __init__(self, run: analysis.Run) -> None:
+    class StoredOnline:
+        """A run as wandb returns it: missing values are None, and NaN is a string."""
+
+        def __init__(self, run: analysis.StoredRun) -> None:
             self.config = run.config | {"environment": run.environment}
-            rows = [{"val_loss": None} | row for row in run.records] + run.validations
-            self.rows = [{k: "NaN" if v != v else v for k, v in row.items()} for row in rows]
+            self.rows = []
+            for row in [*run.records, *run.validations]:
+                copy = {key: "NaN" if value != value else value for key, value in row.items()}
+                self.rows.append({"val_loss": None} | copy)
 
         def scan_history(self) -> list[dict[str, Any]]:
             return self.rows
@@ -218,50 +277,64 @@ def test_wandb_runs_are_read_like_folders(tmp_path: Path, monkeypatch) -> None:
         def runs(self, path: str, filters: dict[str, str]) -> list[Any]:
             if path != "me/project":
                 raise ValueError(f"could not find {path}")
-            uploaded = types.SimpleNamespace(config={}, scan_history=lambda: [{"curves": "an image"}])
-            return [*(Stored(run) for run in local), uploaded] if filters == {"group": "tiny"} else []
+            if filters != {"group": "tiny"}:
+                return []
+            history = [{"curves": "an image"}]
+            uploaded = types.SimpleNamespace(config={}, scan_history=lambda: history)
+            return [*(StoredOnline(run) for run in local), uploaded]
 
     monkeypatch.setattr(wandb, "Api", Api)
     found = analysis.wandb_runs("me/project/tiny")
-    assert compare.make_report(found, None, None) == compare.make_report(local, None, None)
-    for wrong, says in {
+    assert make_report(found, None, None) == make_report(local, None, None)
+
+    errors = {
         "me/project": "must be ENTITY/PROJECT/GROUP",
         "me/x/tiny": "could not find",
         "me/project/x": "no run",
-    }.items():
-        with pytest.raises(UserError, match=says):
-            analysis.wandb_runs(wrong)
-    monkeypatch.setattr(wandb, "init", functools.partial(wandb.init, mode="offline"))
+    }
+    for path, message in errors.items():
+        with pytest.raises(UserError, match=message):
+            analysis.wandb_runs(path)
+
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--wandb=me/project/tiny", "--upload", f"--out={out}"])
+    arguments = ["--wandb=me/project/tiny", "--upload", f"--out={out}"]
+    monkeypatch.setattr(wandb, "init", functools.partial(wandb.init, mode="offline"))
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
     run_main(compare.main)
     (stored,) = out.rglob("run-*.wandb")
-    run, rows = read_history(stored)
-    assert (run.entity, run.project, run.run_group, run.job_type) == ("me", "project", "tiny", "compare")
-    assert [row["curves._type"] for row in rows] == ["image-file"]
+    run, history = read_history(stored)
+    assert (run.entity, run.project) == ("me", "project")
+    assert (run.run_group, run.job_type) == ("tiny", "compare")
+    assert [row["curves._type"] for row in history] == ["image-file"]
 
 
 def figure(monkeypatch, capsys, *arguments: object) -> list[list[str]]:
+    """Run figures.py and return the cells of the table that it prints."""
     monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, arguments)])
     run_main(figures.main)
-    printed = capsys.readouterr().out
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
+    return read_table(capsys.readouterr().out)
 
 
-def test_sweep_figure_has_the_best_of_what_is_not_shown(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_sweep_figure_shows_the_best_over_hidden_axes(tmp_path: Path, monkeypatch, capsys) -> None:
     for lr, rho, loss in ((1e-3, 0.1, 2.0), (1e-3, 0.2, 1.9), (1e-2, 0.1, 1.8), (1e-2, 0.2, 2.5)):
         write_run(tmp_path, "sophia-g", [loss], optimizer__lr=lr, optimizer__rho=rho)
-    table = figure(monkeypatch, capsys, "sweep", tmp_path, "--x", "optimizer.lr")
+    arguments = ("sweep", tmp_path, "--x", "optimizer.lr")
+
+    table = figure(monkeypatch, capsys, *arguments)
     assert table[0] == ["run", "0.001", "0.01", "best"]
     assert table[2] == ["sophia-g", "1.9000", "1.8000 *", "1.8000"]
-    table = figure(monkeypatch, capsys, "sweep", tmp_path, "--x", "optimizer.lr", "--y", "optimizer.rho")
+
+    table = figure(monkeypatch, capsys, *arguments, "--y", "optimizer.rho")
     assert table[3] == ["sophia-g, rho 0.2", "1.9000 *", "2.5000", "1.9000"]
     assert (tmp_path / "sweep.png").exists()
+
     with pytest.raises(SystemExit):
         figure(monkeypatch, capsys, "sweep", tmp_path, "--x", "optimizer.speed")
 
 
-def test_horizons_figure_has_the_mean_and_deviation_of_whole_schedules(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_horizons_figure_shows_mean_and_deviation_of_whole_schedules(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     for seed, loss in ((1, 2.0), (2, 2.2)):
         write_run(tmp_path, "adamw", [loss], train__seed=seed)
     write_run(tmp_path, "adamw", [1.5], train__max_steps=24)
@@ -271,7 +344,7 @@ def test_horizons_figure_has_the_mean_and_deviation_of_whole_schedules(tmp_path:
     assert (tmp_path / "horizons.png").exists()
 
 
-def test_a_sweep_figure_never_mixes_horizons(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_sweep_figure_never_mixes_horizons(tmp_path: Path, monkeypatch, capsys) -> None:
     for lr in (1e-3, 1e-2):
         write_run(tmp_path, "adamw", [2.0], optimizer__lr=lr)
     write_run(tmp_path, "adamw", [1.0], optimizer__lr=1e-3, train__max_steps=24)
@@ -282,34 +355,50 @@ def test_a_sweep_figure_never_mixes_horizons(tmp_path: Path, monkeypatch, capsys
 def test_clipped_and_sizes_figures(tmp_path: Path, monkeypatch, capsys) -> None:
     write_run(tmp_path, "adamw", [2.0])
     write_run(tmp_path, "adamw", [1.5], model__n_layer=4)
-    assert figure(monkeypatch, capsys, "clipped", tmp_path)[2] == ["tiny/adamw", "12", "50.0%"]
+
+    table = figure(monkeypatch, capsys, "clipped", tmp_path)
+    assert table[2] == ["tiny/adamw", "12", "50.0%"]
+
     table = figure(monkeypatch, capsys, "sizes", tmp_path)
     assert table[2] == ["adamw", "2.0000", "1.5000"]
     assert len(table[0]) == 3
 
 
-def test_the_toy_ends_where_the_paper_says() -> None:
+def test_toy_optimizers_end_where_the_paper_says() -> None:
     ends = {name: toy.trajectory(step)[-1].tolist() for name, step in toy.methods().items()}
     assert ends["Sophia"] == pytest.approx([1, 4], abs=1e-6)
-    assert ends["Newton"] == pytest.approx([0, 4], abs=1e-6)  # the saddle
-    assert ends["gradient descent"][0] == pytest.approx(1, abs=1e-6)
-    assert ends["gradient descent"][1] < 3  # hardly moved where it is flat
-    assert 0.05 < max(abs(ends["SignGD"][0] - 1), abs(ends["SignGD"][1] - 4)) <= 0.3  # jumps to and fro
+    # A saddle point.
+    assert ends["Newton"] == pytest.approx([0, 4], abs=1e-6)
+
+    # Gradient descent barely moves along the flat direction.
+    x, y = ends["gradient descent"]
+    assert x == pytest.approx(1, abs=1e-6)
+    assert y < 3
+
+    # SignGD oscillates around the minimum.
+    x, y = ends["SignGD"]
+    assert 0.05 < max(abs(x - 1), abs(y - 4)) <= 0.3
     assert 1e-3 < math.dist(ends["Adam"], (1, 4)) < 0.5
+
     curvature = toy.curvature(torch.tensor([1.0, 4.0], dtype=torch.float64))
     assert curvature.tolist() == pytest.approx([68.8, 1])
 
 
-def test_histogram_of_a_checkpoint(experiment: Path, run_train, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_histogram_of_a_checkpoint(
+    experiment: Path, run_train, tmp_path: Path, monkeypatch, capsys
+) -> None:
     run_train(experiment, "--run=adamw")
-    arguments = ["histogram", str(tmp_path / "out/tiny/adamw"), "--probes=3", "--windows=4", "--out", str(tmp_path)]
+
+    arguments = ["histogram", str(tmp_path / "out/tiny/adamw")]
+    arguments += ["--probes=3", "--windows=4", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["hessian.py", *arguments])
     run_main(hessian.main)
+
     assert "tiny/adamw" in capsys.readouterr().out
     assert (tmp_path / "histogram.png").exists()
 
 
-def test_errors_of_estimates_are_relative_to_the_exact_diagonal() -> None:
+def test_estimate_errors_are_relative_to_the_exact_diagonal() -> None:
     exact = torch.tensor([3.0, 4.0])
     samples = exact + torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
     row = hessian.error_row("x", samples, exact)

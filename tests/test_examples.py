@@ -1,4 +1,4 @@
-"""The examples run and learn; a script for the released SophiaG moves over with the same parameters."""
+"""Test that the examples learn, and that code for the released SophiaG can be migrated."""
 
 from __future__ import annotations
 
@@ -34,38 +34,45 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
 def test_an_example_learns(
     launcher: list[str], example: str, arguments: list[str], pattern: str, limit: float, tmp_path
 ) -> None:
-    extra = [f"--out={tmp_path}"] if example.startswith("huggingface") else []
-    command = [sys.executable, *launcher, str(ROOT / "examples" / example), *arguments, *extra]
+    command = [sys.executable, *launcher, str(ROOT / "examples" / example), *arguments]
+    if example.startswith("huggingface"):
+        command.append(f"--out={tmp_path}")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
     found = re.search(pattern, done.stdout, re.MULTILINE)
     assert found, done.stdout
     assert float(found[1]) < limit
 
 
-def test_under_fsdp2_sophia_is_what_it_is_on_one_process() -> None:
-    command, environment = [*TORCHRUN, "tests/fsdp2_equals_plain.py"], os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *command], capture_output=True, cwd=ROOT, env=environment)
+def test_fsdp2_equals_one_process() -> None:
+    command = [sys.executable, *TORCHRUN, "tests/fsdp2_equals_plain.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
-def test_the_trainer_callback_estimates_as_the_formula_says() -> None:
-    """Two sequences of different lengths, padded: the labels are those of the loss alone."""
+def test_trainer_callback_estimates_as_in_the_formula() -> None:
+    """Pad two sequences of different lengths: only labels that count in the loss are sampled."""
     from examples.huggingface_trainer import SophiaCallback
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2)).eval().double()
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config).eval().double()
     tokens = torch.randint(11, (2, 8))
     mask = torch.ones_like(tokens)
     mask[1, 5:] = 0
-    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+    labels = tokens.masked_fill(mask == 0, -100)
+    loader: Any = [{"input_ids": tokens, "attention_mask": mask, "labels": labels}]
     optimizer = SophiaG(model.parameters(), betas=(0.9, 0.0))
-    arguments: Any = SimpleNamespace(device="cpu", fp16=False, world_size=1, seed=3, process_index=0)
-    loader: Any = [batch]
+
+    settings = {"device": "cpu", "fp16": False, "world_size": 1, "seed": 3, "process_index": 0}
+    arguments: Any = SimpleNamespace(**settings)
     SophiaCallback(optimizer, loader).estimate(model, arguments)
     assert all(p.grad is None for p in model.parameters())
 
-    uniforms = torch.rand(11, generator=torch.Generator().manual_seed(3))  # 7 + 4 labels
+    # 7 + 4 labels
+    uniforms = torch.rand(11, generator=torch.Generator().manual_seed(3))
     logits = model(input_ids=tokens, attention_mask=mask).logits
     predicting = torch.cat([logits[0, :7], logits[1, :4]])
     sampled_label_loss(predicting, uniforms).backward()
@@ -73,26 +80,36 @@ def test_the_trainer_callback_estimates_as_the_formula_says() -> None:
         torch.testing.assert_close(optimizer.state[parameter]["hessian"], expected)
 
 
-def released_step(theta: Tensor, m: Tensor, h: Tensor, lr: float, beta1: float, rho_bs: float, decay: float) -> None:
-    """The released code's update, from its formula: decay, then lr · sign(m) · min(|m| / (rho · bs · h + 1e-15), 1)."""
+def released_step(
+    theta: Tensor, m: Tensor, h: Tensor, lr: float, beta1: float, rho_bs: float, decay: float
+) -> None:
+    """Update as the released code does; written from its formula.
+
+    Decay the weights, then subtract lr · sign(m) · min(|m| / (rho · bs · h + 1e-15), 1).
+    """
     assert theta.grad is not None
     theta.mul_(1 - lr * decay)
     m.mul_(beta1).add_(theta.grad, alpha=1 - beta1)
     theta.sub_(lr * m.sign() * (m.abs() / (rho_bs * h + 1e-15)).clamp(max=1))
 
 
-def test_a_script_for_the_released_sophia_moves_over() -> None:
-    """docs/migrating.md: n_labels=1 and rho · bs in place of bs at every step; 200 steps, the same parameters."""
+def test_migrating_from_the_released_sophia_gives_the_same_parameters() -> None:
+    """Follow docs/migrating.md for 200 steps: n_labels=1, and rho · bs in place of bs."""
     torch.manual_seed(0)
     lr, beta1, beta2, rho, bs, wd = 1e-3, 0.965, 0.99, 0.04, 5120, 0.1
     theirs = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     ours = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     ours.load_state_dict(theirs.state_dict())
+
     states = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in theirs.parameters()}
-    optimizer = SophiaG(ours.parameters(), lr=lr, betas=(beta1, beta2), rho=rho * bs, eps=1e-15, weight_decay=wd)
+    optimizer = SophiaG(
+        ours.parameters(), lr=lr, betas=(beta1, beta2), rho=rho * bs, eps=1e-15, weight_decay=wd
+    )
+
     for step in range(200):
         x = torch.randn(32, 8)
         y = torch.randint(4, (32,))
+
         for model in (theirs, ours):
             model.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
@@ -100,7 +117,9 @@ def test_a_script_for_the_released_sophia_moves_over() -> None:
             for p, (m, h) in states.items():
                 released_step(p, m, h, lr, beta1, rho * bs, wd)
         optimizer.step()
-        if step % 10 == 9:  # the estimate comes after the step there
+
+        # The released code estimates after the step.
+        if step % 10 == 9:
             labels = torch.distributions.Categorical(logits=theirs(x).detach()).sample()
             for model in (theirs, ours):
                 model.zero_grad()
@@ -109,6 +128,9 @@ def test_a_script_for_the_released_sophia_moves_over() -> None:
                 assert p.grad is not None
                 h.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
             optimizer.update_hessian_from_grad(n_labels=1)
+
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(q, p, atol=1e-5, rtol=0)
-        assert (optimizer.state[q]["exp_avg"].abs() < optimizer.state[q]["hessian"] * rho * bs).any()  # some unclipped
+        # Some elements are not clipped.
+        state = optimizer.state[q]
+        assert (state["exp_avg"].abs() < state["hessian"] * rho * bs).any()

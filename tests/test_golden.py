@@ -1,8 +1,12 @@
-"""The losses of 50 steps of each optimizer, stored. A change of numerics fails here and has to be declared:
+"""Compare the losses of 50 steps of each optimizer with stored ones.
 
-    GOLDEN=write python -m pytest tests/test_golden.py    # and say in the commit why they changed
+A change of numerics fails here. If it is intended, store the new losses and explain them in the
+commit message:
 
-In float64, so that they are the same on every processor; the data are made from integers for the same reason.
+    GOLDEN=write python -m pytest tests/test_golden.py
+
+The runs are in float64 and the data come from integer arithmetic, so that the losses are the same
+on every processor.
 """
 
 from __future__ import annotations
@@ -21,26 +25,30 @@ STORED = Path(__file__).with_name("golden_losses.json")
 
 
 def golden_data(folder: Path) -> Path:
-    """5,000 tokens of a linear congruential generator, every other one twice the last."""
+    """Write tokens of a linear congruential generator; every other one is twice the last."""
     folder.mkdir()
     state, tokens = 1, [0]
     for i in range(5000):
         state = (1103515245 * state + 12345) % 2**31
         tokens.append((2 * tokens[-1]) % 61 if i % 2 else (state >> 16) % 61)
+
     for split in ("train", "val"):
         np.array(tokens, "<u2").tofile(folder / f"{split}.bin")
     return folder
 
 
 @pytest.mark.parametrize("run", OPTIMIZERS)
-def test_losses_are_the_stored_ones(
+def test_losses_match_the_stored_ones(
     run: str, experiment: Path, run_train: Runner, tmp_path: Path, float64: None
 ) -> None:
-    arguments = ["--train.max_steps=50", "--train.eval_interval=50", f"--data.path={golden_data(tmp_path / 'golden')}"]
-    run_train(experiment, f"--run={run}", "--train.micro_batch_size=4", *arguments)
+    data = golden_data(tmp_path / "golden")
+    arguments = [experiment, f"--run={run}", f"--data.path={data}", "--train.micro_batch_size=4"]
+    run_train(*arguments, "--train.max_steps=50", "--train.eval_interval=50")
     losses = [loss for _, loss in read_lines(tmp_path / "out/tiny" / run, "loss")]
+
     if os.environ.get("GOLDEN") == "write":
         stored = json.loads(STORED.read_text()) if STORED.exists() else {}
         STORED.write_text(json.dumps(stored | {run: losses}, indent=1) + "\n")
+
     assert losses == pytest.approx(json.loads(STORED.read_text())[run], rel=1e-9)
     assert losses[-1] < losses[0] - 0.1

@@ -1,0 +1,63 @@
+"""How errors end: one line and status 2 for a user, the whole cause with DEBUG=1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from runtime.cli import UserError, run_main
+
+
+def fail_as_a_user() -> None:
+    try:
+        raise KeyError("inner")
+    except KeyError as error:
+        raise UserError("config.toml: no key x; add it") from error
+
+
+def fail_on_the_disk() -> None:
+    raise OSError(28, "No space left on device", "out/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("main", "line"),
+    [
+        (fail_as_a_user, "error: config.toml: no key x; add it"),
+        (
+            fail_on_the_disk,
+            "error: out/metrics.jsonl: No space left on device; "
+            "fix that and run the same command again",
+        ),
+    ],
+)
+def test_expected_errors_are_one_line(main: Callable[[], None], line: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_debug_prints_the_cause(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(SystemExit) as ended:
+        run_main(fail_as_a_user)
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert "KeyError: 'inner'" in printed
+    assert printed.endswith("error: config.toml: no key x; add it\n")
+
+
+def test_bugs_are_not_disguised() -> None:
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(bug)
+
+
+def test_only_rank_0_prints_an_error(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        run_main(fail_as_a_user)
+    assert capsys.readouterr().err == ""
