@@ -99,7 +99,8 @@ def check_split(n_documents: int, fraction: float) -> None:
     """Refuse a split that leaves no documents for training or validation."""
     if not 0 < math.ceil(n_documents * fraction) < n_documents:
         raise UserError(
-            f"{n_documents} documents leave none for training or validation; give at least 2"
+            f"documents: {n_documents}, which leaves none for training or validation; "
+            f"give at least 2 (a txt file is one document), or another --val-fraction"
         )
 
 

@@ -30,7 +30,10 @@ def parse_command_line(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     flags, rest = _parser().parse_known_args(argv)
     if rest:
         known = [*KEYS, "resume", "name", "run"]
-        name = rest[0].lstrip("-").split("=")[0]
+        name, _, value = rest[0].lstrip("-").partition("=")
+        if name == "scale":  # until the scales became files
+            file = f"configs/{value}/{Path(flags.experiment).name}"
+            raise UserError(f"{rest[0]}: scales are files now; use {file} instead")
         raise UserError(f"unknown argument {rest[0]}{nearest(name, known)}; see train.py --help")
 
     overrides = {key: getattr(flags, key) for key in KEYS if getattr(flags, key) is not None}

@@ -17,6 +17,7 @@ from runtime.cli import UserError, reason
 from runtime.config import KEYS, SECTIONS, Config, nearest, validated
 
 TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a run's table; becomes a folder's name
+COMMON = "common"  # a file that others inherit from, and that is incomplete by itself
 SCALES = ("cpu", "gpu")  # folders of configs/ with smaller versions of the experiments
 Tree = dict[str, Any]
 
@@ -86,6 +87,8 @@ def read_experiment(path: Path) -> tuple[Tree, dict[str, Tree]]:
     for key in tree:
         if key not in SECTIONS:
             raise UserError(f"{path}: unknown key {key}{nearest(key, list(KEYS))}")
+    if path.stem == COMMON:
+        raise UserError(f"{path}: is only a base for other files; use one of those in its folder")
     if not listed:
         raise UserError(f"{path}: no runs; add a table such as [runs.adamw.optimizer]")
     return tree, {name: _with_bases(path, tables, name, ()) for name in listed}

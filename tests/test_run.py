@@ -178,7 +178,7 @@ def test_slurm_script_starts_one_run_per_task(
         (["--horizons=0"], "--horizons=0: must be numbers greater than 0"),
         (["--horizons=a,b"], "--horizons=a,b: must be numbers"),
         (["--sweep"], "none of its runs has a grid; add e.g. [runs.adamw.grid]"),
-        (["--scale=gpu"], "unknown argument --scale=gpu"),
+        (["--scale=gpu"], "--scale=gpu: scales are files now; use configs/gpu/"),
         (["--train.max_step=3"], "unknown argument --train.max_step"),
         (["--train.max_steps"], "write --section.key=value"),
         (["--run=adamw"], "unknown argument --run=adamw"),

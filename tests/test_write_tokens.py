@@ -217,6 +217,19 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     assert "torn.parquet: unreadable as parquet" in error("*.parquet")
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"te')
     assert "torn.jsonl: unreadable as json" in error("torn.jsonl")
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(500 * b'{"text": "a"}\n')[:-9])
+    assert "torn.jsonl.gz: unreadable as json" in error("torn.jsonl.gz")
+    for name, content in (
+        ("empty.jsonl", b""),
+        ("empty.json", b""),
+        ("e.jsonl.gz", gzip.compress(b"")),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert f"{name}: is empty" in error(name)
+    (tmp_path / "null.csv").write_text("id,text\n1,a\n2,\n")
+    assert "the text of document 2 is missing" in error("null.csv")
+    (tmp_path / "folder").mkdir()
+    assert "is a folder; name its files" in error("folder")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert "latin.txt: unreadable" in error("latin.txt")
     (tmp_path / "page.html").write_text("a")
@@ -228,7 +241,9 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     assert "no column named text, only a, b" in error("*.csv")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txet": "b"}\n')
-    assert "bad.jsonl: document 2 has no text; its keys: text, txet" in error("bad.jsonl")
+    assert "bad.jsonl: the text of document 2 is missing (columns: text, txet)" in error(
+        "bad.jsonl"
+    )
     (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
     assert "its column text contains int64, not text" in error("numbers.jsonl")
     assert not out.exists()

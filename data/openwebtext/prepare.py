@@ -127,7 +127,12 @@ def find_files(pattern: str) -> list[Path]:
     Raises:
         UserError: if there is none, or if `datasets` has no reader for one.
     """
-    names = glob.glob(pattern, recursive=True)
+    if os.path.isdir(pattern):
+        raise UserError(
+            f"--files {pattern!r}: is a folder; name its files, such as '{pattern}/*.parquet'"
+        )
+    # A path that exists is taken literally, even if it contains brackets.
+    names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     paths = sorted(Path(name) for name in names if os.path.isfile(name))
     if not paths:
         raise UserError(f"--files {pattern!r}: no file matches (quote the pattern for the shell)")
@@ -180,6 +185,7 @@ def read_documents(path: Path) -> Iterator[str]:
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error is reported here
     kind = kind_of(path)
+    count = 0
     try:
         dataset = datasets.load_dataset(
             kind,
@@ -188,16 +194,25 @@ def read_documents(path: Path) -> Iterator[str]:
             streaming=True,
             **OPTIONS.get(kind, {}),
         )
-        count = 0
         for table in dataset.with_format("arrow").iter(batch_size=1000):
             check_text_column(path, table.schema)
             for text in table.column("text").to_pylist():
                 count += 1
-                if text is None and kind == "json":
+                if text is None:
                     columns = ", ".join(table.schema.names)
-                    raise UserError(f"{path}: document {count} has no text; its keys: {columns}")
-                yield text or ""
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+                    raise UserError(
+                        f"{path}: the text of document {count} is missing (columns: {columns}); "
+                        f"remove the document"
+                    )
+                yield text
+    except (RuntimeError, StopIteration) as error:
+        if kind != "json" or count > 0:
+            raise
+        # What the json reader raises for an empty file, compressed or not.
+        raise UserError(f"{path}: is empty; remove it or narrow the pattern") from error
+    except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+        raise unreadable(path, error) from error
+    except datasets.exceptions.DatasetsError as error:
         raise unreadable(path, error) from error
 
 
