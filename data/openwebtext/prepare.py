@@ -210,9 +210,13 @@ def read_documents(path: Path) -> Iterator[str]:
             raise
         # What the json reader raises for an empty file, compressed or not.
         raise UserError(f"{path}: is empty; remove it or narrow the pattern") from error
-    except (OSError, ValueError, EOFError, pa.ArrowException) as error:
-        raise unreadable(path, error) from error
-    except datasets.exceptions.DatasetsError as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        pa.ArrowException,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         raise unreadable(path, error) from error
 
 
