@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,10 +60,11 @@ def write_dataset(
         out: created if missing. An unfinished preparation of the same data is resumed, a finished
             one left alone.
         shards: each yields the texts of one shard when it is called.
-        n_documents: at most as many as there are.
+        n_documents: at most as many as there are. If it is 1, the end of the document's text is
+            the validation set, as with nanoGPT's input.txt.
         tokenizer: a name that :func:`data.tokenizer.load_tokenizer` knows.
         source: identifies the documents; goes into meta.json.
-        val_fraction, seed: of the split; the defaults are nanoGPT's.
+        val_fraction, seed: of the split; the defaults are nanoGPT's for OpenWebText.
         workers: processes that tokenize.
 
     Returns:
@@ -71,18 +73,23 @@ def write_dataset(
     Raises:
         UserError: if `out` contains other data, or the number of documents is not as announced.
     """
-    check_split(n_documents, val_fraction)
+    by_position = n_documents == 1
+    if by_position:
+        shards, n_documents = [partial(_cut_in_two, shards, val_fraction)], 2
+    else:
+        check_split(n_documents, val_fraction)
     recipe = {
         "source": source,
         "documents": n_documents,
         "tokenizer": tokenizer,
         "val_fraction": val_fraction,
-        "split_seed": seed,
+        "split_seed": None if by_position else seed,
     }
+
     with ProcessPoolExecutor(workers, initializer=_exit_with_parent) as pool:
         # The workers load the tokenizer while this process imports datasets.
         loading = [pool.submit(_describe, tokenizer) for _ in range(workers)]
-        held_out = validation_documents(n_documents, val_fraction, seed)
+        held_out = {1} if by_position else validation_documents(n_documents, val_fraction, seed)
         vocabulary = loading[0].result()  # an unknown tokenizer fails before any file is made
 
         out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +98,11 @@ def write_dataset(
             if progress is None:
                 return read_meta(out)
             if progress["documents"] < n_documents:
-                _tokenize(out, shards, recipe, held_out, progress, pool, workers)
+                try:
+                    _tokenize(out, shards, recipe, held_out, progress, pool, workers)
+                except UserError:
+                    _remove_if_empty(out)
+                    raise
             return _finish(out, vocabulary, progress)
 
 
@@ -99,8 +110,8 @@ def check_split(n_documents: int, fraction: float) -> None:
     """Refuse a split that leaves no documents for training or validation."""
     if not 0 < math.ceil(n_documents * fraction) < n_documents:
         raise UserError(
-            f"documents: {n_documents}, which leaves none for training or validation; "
-            f"give at least 2 (a txt file is one document), or another --val-fraction"
+            f"documents: {n_documents}, of which --val-fraction {fraction} leaves none for "
+            f"training or validation; use more documents or another fraction"
         )
 
 
@@ -111,6 +122,19 @@ def validation_documents(n_documents: int, fraction: float, seed: int) -> set[in
     indices = Dataset.from_dict({"index": np.arange(n_documents)})
     split = indices.train_test_split(test_size=fraction, seed=seed, shuffle=True)
     return set(split["test"]["index"])
+
+
+def _cut_in_two(shards: list[Shard], val_fraction: float) -> Iterator[str]:
+    """Yield the beginning and the end of the first document's text."""
+    text = next(itertools.chain.from_iterable(shard() for shard in shards))
+    cut = round(len(text) * (1 - val_fraction))
+    if not 0 < cut < len(text):
+        raise UserError(
+            f"the only document has {len(text)} characters, of which --val-fraction "
+            f"{val_fraction} leaves none for training or validation; use more text"
+        )
+    yield text[:cut]
+    yield text[cut:]
 
 
 # ---- Tokenizing ----------------------------------------------------------------------------------
@@ -140,6 +164,7 @@ def _tokenize(
 
         committed = sum(progress["tokens"].values())
         for shard in shards[progress["shards"] :]:
+            bar.set_postfix_str(f"file {progress['shards'] + 1} of {len(shards)}", refresh=False)
             tasks = _tasks(shard(), limit=n_documents - progress["documents"])
             for tokens, lengths in _encode_in_order(pool, recipe["tokenizer"], tasks, workers):
                 _append(files, tokens, lengths, held_out, progress)
@@ -297,6 +322,15 @@ def _find_progress(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     }
     write_json(path, progress)
     return progress
+
+
+def _remove_if_empty(out: Path) -> None:
+    """Remove a preparation that has no documents yet; it would only block one of other data."""
+    path = out / "progress.json"
+    if _read_progress(path)["documents"] == 0:
+        path.unlink()
+        for split in SPLITS:
+            _partial(out, split).unlink(missing_ok=True)
 
 
 def _is_as_recorded(out: Path, split: str, meta: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ import glob
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 
 from data import tokenizer
 from data import write_tokens as tokenize
+from data.documents import count_documents, find_files, read_documents
 from data.tokenizer import load_tokenizer
 from data.write_tokens import validation_documents, write_dataset
 from runtime.cli import UserError
@@ -114,6 +116,83 @@ def test_prepare_round_trip(kind: str, tmp_path: Path) -> None:
     # The data is complete: the same command does nothing, another one is refused.
     assert run_prepare(*arguments).returncode == 0
     assert "contains data of another recipe" in refused(*arguments, "--limit", 9)
+
+
+def test_a_single_text_file_is_split_by_position(tmp_path: Path) -> None:
+    """Compare with nanoGPT's rule for input.txt: the last tenth of the characters is val.bin."""
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
+    (tmp_path / "input.txt").write_text(text)
+    done = run_prepare("--files", tmp_path / "input.txt", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+    cut = int(len(text) * 0.9)
+    gpt2 = load_tokenizer("gpt2")
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        assert documents(tmp_path / "out", split, 50256) == [gpt2.encode(part).tolist()]
+
+    # With another share, and for the first document of many.
+    arguments = ("--files", tmp_path / "input.txt", "--val-fraction", 0.5)
+    assert run_prepare(*arguments, "--out", tmp_path / "half").returncode == 0
+    (half,) = documents(tmp_path / "half", "val", 50256)
+    assert half == gpt2.encode(text[len(text) // 2 :]).tolist()
+    write_parquet(tmp_path / "many.parquet", [text, "b"])
+    arguments = ("--files", tmp_path / "many.parquet", "--limit", 1)
+    assert run_prepare(*arguments, "--out", tmp_path / "first").returncode == 0
+    for split in ("train", "val"):
+        content = (tmp_path / f"first/{split}.bin").read_bytes()
+        assert content == (tmp_path / f"out/{split}.bin").read_bytes()
+
+
+def test_short_validation_set_is_reported_with_a_remedy(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["some words " * 2000] * 300)
+    arguments = ("--files", tmp_path / "a.parquet")
+    done = run_prepare(*arguments, "--out", tmp_path / "short")
+    assert done.returncode == 0
+    assert "val.bin has 3 windows of 1,024 tokens" in done.stderr
+
+    # Its advice works.
+    advice = done.stderr.strip().split()[-2:]
+    assert advice[0] == "--val-fraction"
+    done = run_prepare(*arguments, "--out", tmp_path / "long", *advice)
+    assert done.returncode == 0
+    assert "warning" not in done.stderr
+
+
+def test_files_are_found_by_folder_patterns_and_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("in/b.txt", "in/deep/a.jsonl.gz", "in/README.md", "x [1]/c.txt", "d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def find(*patterns: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in find_files(patterns)]
+
+    assert find("~/in") == ["in/b.txt", "in/deep/a.jsonl.gz"]
+    assert find(f"{tmp_path}/*/*.txt", "~/d.txt") == ["d.txt", "in/b.txt", "x [1]/c.txt"]
+    assert find(f"{tmp_path}/x [1]", "~/d.txt", "~/d*") == ["d.txt", "x [1]/c.txt"]
+    assert find("~/x [1]/c.txt") == ["x [1]/c.txt"]
+    with pytest.raises(UserError, match=r"README.md: not one of \.parquet"):
+        find("~/in/*.*")
+    with pytest.raises(UserError, match="no file matches"):
+        find("~/d.txt", "~/none")
+
+
+def test_unusual_files_are_read(tmp_path: Path) -> None:
+    """Read Windows' line ends and byte order mark, blank lines, and a pandas category."""
+    lines = '{"id": 1, "text": "a\\r"}\r\n\r\n{"text": "b", "id": "two"}\r\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert list(read_documents(tmp_path / "a.jsonl")) == ["a\r", "b"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")
+    assert list(read_documents(tmp_path / "a.txt")) == ["first\nsecond\n"]
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"text"))
+    assert list(read_documents(tmp_path / "a.txt.xz")) == ["text"]
+
+    column = pa.array(["a", "b", "a"]).dictionary_encode()
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert count_documents(tmp_path / "a.parquet") == 3
+    assert list(read_documents(tmp_path / "a.parquet")) == ["a", "b", "a"]
 
 
 def test_validation_split_is_that_of_nanogpt() -> None:
@@ -211,14 +290,14 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
 
     assert "no file matches" in error("*.parquet")
     write_parquet(tmp_path / "whole.parquet", TEXTS)
-    assert "give at least 2" in error("whole.parquet", "--limit", 1)
+    assert "leaves none" in error("whole.parquet", "--val-fraction", 1)
 
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-50])
     assert "torn.parquet: unreadable as parquet" in error("*.parquet")
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"te')
-    assert "torn.jsonl: unreadable as json" in error("torn.jsonl")
+    assert "torn.jsonl, line 2: not JSON (" in error("torn.jsonl")
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(500 * b'{"text": "a"}\n')[:-9])
-    assert "torn.jsonl.gz: unreadable as json" in error("torn.jsonl.gz")
+    assert "torn.jsonl.gz: unreadable as jsonl" in error("torn.jsonl.gz")
     for name, content in (
         ("empty.jsonl", b""),
         ("empty.json", b""),
@@ -229,7 +308,7 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "null.csv").write_text("id,text\n1,a\n2,\n")
     assert "the text of document 2 is missing" in error("null.csv")
     (tmp_path / "folder").mkdir()
-    assert "is a folder; name its files" in error("folder")
+    assert "no file matches" in error("folder")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert "latin.txt: unreadable" in error("latin.txt")
     (tmp_path / "page.html").write_text("a")
@@ -240,12 +319,14 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     assert "no column named text, only words" in error("other.parquet")
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     assert "no column named text, only a, b" in error("table.csv")
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txet": "b"}\n')
-    assert "bad.jsonl: the text of document 2 is missing (columns: text, txet)" in error(
-        "bad.jsonl"
-    )
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"txet": "b", "id": 1}\n')
+    assert "bad.jsonl, line 3: no key 'text'; it has: txet, id" in error("bad.jsonl")
     (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
-    assert "its column text contains int64, not text" in error("numbers.jsonl")
+    assert "numbers.jsonl, line 1: its text is int, not a string" in error("numbers.jsonl")
+    (tmp_path / "list.jsonl").write_text('["a"]\n')
+    assert "list.jsonl, line 1: list instead of an object" in error("list.jsonl")
+    (tmp_path / "numbers.csv").write_text("text\n1\n2\n")
+    assert "its column text contains int64, not text" in error("numbers.csv")
     assert not out.exists()
 
     out.mkdir()
@@ -260,7 +341,7 @@ def test_failed_download_is_reported_and_nothing_is_written(tmp_path: Path) -> N
     error = refused("--limit", 10, "--out", out, **offline)
     assert "download failed" in error
     assert "--files" in error
-    assert not out.exists()
+    assert not list(out.glob("*.*"))
 
 
 def fake_download(content: dict[str, bytes]):
