@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,32 +82,10 @@ class Progress:
 
 
 def main() -> None:
-    config, flags = parse_command_line(sys.argv[1:])
     ranks = Ranks.from_environment()
-    device = distributed.find_device(config.train)
-    distributed.check_device(config.train, device)
-    plan.check_divisible(config, ranks.world_size)
-    if flags.dry_run:
-        if ranks.rank == 0:
-            plan.print_plan(config, ranks.world_size, device.type)
-        return
-
-    # Find the mistakes that can be found before any GPU time is spent.
-    trackers.check_installed(config)
-    folder, model = Path(config.data.path), config.model
-    tokens = {}
-    for split in ("train", "val"):
-        tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
-    found = checkpoint.find_checkpoint(config, flags.resume, fingerprints(tokens))
-    if found:
-        _, saved = found
-        if saved["validated_step"] == config.train.max_steps:
-            print(f"{config.run_dir}: finished already, {saved['step']} steps")
-            return
-
-    distributed.start_process_group(ranks, device)
+    distributed.start_process_group(ranks)
     try:
-        stop_signal = restore_and_train(build_run(config, ranks, device, tokens), found)
+        stop_signal = prepare_and_train(ranks)
         distributed.barrier()  # no rank may leave the group while another still needs it
     finally:
         gc.collect()  # objects that use the process group must be freed before it is destroyed
@@ -116,6 +94,38 @@ def main() -> None:
 
     # The shell's convention for a signal: a stopped run must not look like a finished one.
     distributed.exit_process(ranks, status=128 + stop_signal if stop_signal else 0)
+
+
+def prepare_and_train(ranks: Ranks) -> int:
+    """Check everything that can be checked before any GPU time is spent, then train.
+
+    Returns the number of the signal that stopped the run, or 0.
+    """
+    with distributed.errors_on_all_ranks():
+        config, flags = parse_command_line(sys.argv[1:])
+        device = distributed.find_device(config.train)
+        distributed.check_device(config.train, device)
+        plan.check_divisible(config, ranks.world_size)
+        if flags.dry_run:
+            if ranks.rank == 0:
+                plan.print_plan(config, ranks, device, start="not at all: --dry-run")
+            return 0
+
+        plan.check_memory(config, ranks, device)
+        trackers.check_installed(config)
+        folder, model = Path(config.data.path), config.model
+        tokens = {}
+        for split in ("train", "val"):
+            tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
+        found = checkpoint.find_checkpoint(config, flags.resume, fingerprints(tokens))
+
+    step = found[1]["step"] if found else 0
+    distributed.check_same_on_all_ranks(config, fingerprints(tokens), step)
+    if found and found[1]["validated_step"] == config.train.max_steps:
+        if ranks.rank == 0:
+            print(f"{config.run_dir}: finished already, {step} steps")
+        return 0
+    return restore_and_train(build_run(config, ranks, device, tokens), found)
 
 
 def build_run(
@@ -140,19 +150,26 @@ def build_run(
 
 def restore_and_train(run: Run, found: checkpoint.Found | None) -> int:
     """Continue from the checkpoint, if one was found. Returns what `train` returns."""
-    config, device = run.config, run.device
-    progress = restore(run, found)
-    if run.ranks.rank != 0:
-        return train(run, progress, log=None)
-
-    # Only rank 0 writes to the run's folder.
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(config.run_dir):
-        checkpoint.quarantine(config.run_dir, after=progress.step)
-        environment = describe_environment(device, run.ranks.world_size)
-        environment["data"] = read_meta(Path(config.data.path))
-        log = RunLog.open(config, device, environment, progress.step, progress.validated_step)
+    with ExitStack() as resources:
+        with distributed.errors_on_all_ranks():
+            progress = restore(run, found)
+            log = None
+            if run.ranks.rank == 0:  # only rank 0 writes to the run's folder
+                run.config.run_dir.mkdir(parents=True, exist_ok=True)
+                resources.enter_context(locked(run.config.run_dir))
+                log = open_log(run, progress, found)
         return train(run, progress, log)
+
+
+def open_log(run: Run, progress: Progress, found: checkpoint.Found | None) -> RunLog:
+    config, device = run.config, run.device
+    start = f"after step {progress.step}, from {found[0]}" if found else "at step 0"
+    plan.print_plan(config, run.ranks, device, start)
+
+    checkpoint.quarantine(config.run_dir, after=progress.step)
+    environment = describe_environment(device, run.ranks.world_size)
+    environment["data"] = read_meta(Path(config.data.path))
+    return RunLog.open(config, device, environment, progress.step, progress.validated_step)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -197,7 +214,11 @@ def train(run: Run, progress: Progress, log: RunLog | None) -> int:
     if log:
         if stop_signal:
             log.message(f"stopped by a signal after step {step}; continue with --resume")
-        log.close()
+        else:
+            log.message(f"finished; results are in {run.config.run_dir}")
+            log.message(f"compare runs: python scripts/compare.py {run.config.run_dir.parent}")
+        distributed.release_signals()  # everything is saved; a tracker may take minutes to finish
+        log.close(exit_status=128 + stop_signal if stop_signal else 0)
     return stop_signal
 
 
@@ -442,8 +463,9 @@ def validate(run: Run, progress: Progress, log: RunLog | None) -> None:
         dist.all_reduce(total)  # on the CPU, with gloo
     progress.val_loss = float(total[0] / total[1])
     progress.validated_step = progress.step
-    if log:
-        log.validation(progress.step, progress.seconds, progress.val_loss)
+    with distributed.errors_on_all_ranks():
+        if log:
+            log.validation(progress.step, progress.seconds, progress.val_loss)
 
 
 # ---- Logging -------------------------------------------------------------------------------------
@@ -454,9 +476,10 @@ def log_steps(run: Run, pending: Records, progress: Progress, log: RunLog | None
     records = fetch_records(run, pending, progress)
     if run.config.optimizer.name.startswith("sophia"):
         records[-1] |= state.sophia_statistics(run.optimizer)
-    if log:
-        log.steps(records)
-    stop_if_diverged(run, progress)
+    with distributed.errors_on_all_ranks():
+        if log:
+            log.steps(records)
+        stop_if_diverged(run, progress)
 
 
 def fetch_records(run: Run, pending: Records, progress: Progress) -> Records:
@@ -516,12 +539,13 @@ def save(run: Run, progress: Progress, log: RunLog | None) -> None:
         progress.best_loss, progress.best_step = progress.val_loss, progress.step
 
     optimizer_state = state.gather_state(run.optimizer, run.model)
-    if log:
-        log.sync()
-        content = {"config": run.config.model_dump(), "fingerprints": fingerprints(run.tokens)}
-        content |= {"model": run.model.state_dict(), "optimizer": optimizer_state}
-        content |= {"scaler": run.scaler.state_dict()} | asdict(progress)
-        checkpoint.save(run.config.run_dir, content, run.config.train.keep_checkpoints)
+    with distributed.errors_on_all_ranks():
+        if log:
+            log.sync()
+            content = {"config": run.config.model_dump(), "fingerprints": fingerprints(run.tokens)}
+            content |= {"model": run.model.state_dict(), "optimizer": optimizer_state}
+            content |= {"scaler": run.scaler.state_dict()} | asdict(progress)
+            checkpoint.save(run.config.run_dir, content, run.config.train.keep_checkpoints)
 
 
 def restore(run: Run, found: checkpoint.Found | None) -> Progress:

@@ -173,8 +173,8 @@ def split_records(
 def wandb_runs(path: str) -> list[StoredRun]:
     """Return the runs of ENTITY/PROJECT/GROUP at wandb; the group is the experiment's name.
 
-    wandb has the last step of each log interval and every validation, so T(step) is the median of
-    those steps.
+    wandb has the last step of each log interval, the steps with a Hessian estimate and every
+    validation, so T(step) is the median of those steps.
 
     Raises:
         UserError: if wandb cannot be read, or has no such run.
@@ -209,7 +209,7 @@ def _from_wandb(run: Any) -> StoredRun:
     config = dict(run.config)
     environment = config.pop("environment", {})
     rows = []
-    for row in run.scan_history():
+    for row in run.scan_history(use_cache=False):  # the run may have grown since
         rows.append({key: _number(value) for key, value in row.items() if value is not None})
     rows.sort(key=lambda row: row["step"])
     return StoredRun(config, environment, *split_records(rows))

@@ -63,7 +63,7 @@ def main() -> None:
     ranks, device = Ranks.from_environment(), distributed.find_device(config.train)
     distributed.check_device(config.train, device)
     check(arguments, ranks)
-    distributed.start_process_group(ranks, device)
+    distributed.start_process_group(ranks)
     torch.set_float32_matmul_precision("high")
 
     rows, left_out = [], []

@@ -30,7 +30,8 @@ HUB_SHARDS = [f"plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)]
 HUB_DOCUMENTS = 8_013_769
 
 AHEAD = 2  # shards that are downloaded while an earlier one is tokenized
-PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16, 32, *9 * [60])  # seconds between attempts: ten minutes in all
+# Seconds between attempts, ten minutes in all.
+PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16, 32, *9 * [60])
 MAX_RETRY_AFTER = 300  # seconds; a server that asks for more is asked again earlier
 RETRIED = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that pass
 

@@ -6,7 +6,6 @@ random state, because all randomness of a step derives from (seed, step).
 
 from __future__ import annotations
 
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from model import GPT
-from runtime.cli import UserError, reason
+from runtime.cli import UserError, reason, warn
 from runtime.config import FREE_KEYS, KEYS, Config, from_stored, value_of
 from runtime.files import whole_file
 
@@ -114,7 +113,7 @@ def load_newest(run_dir: Path) -> Found | None:
         try:
             return path, load(path)
         except UserError as error:
-            print(f"warning: {error}; trying the previous one", file=sys.stderr)
+            warn(f"{error}; trying the previous one")
     if paths:
         raise UserError(
             f"{run_dir}: none of its {len(paths)} checkpoints can be read; "
@@ -145,7 +144,6 @@ def find_checkpoint(config: Config, resume: bool, fingerprints: dict[str, str]) 
 
     newest = load_newest(folder)
     if newest is None:
-        print(f"{folder}: has no checkpoint yet; starting at step 0")
         return None
     path, state = newest
     check_same_config(config, state["config"])

@@ -15,6 +15,10 @@ class UserError(Exception):
     """A mistake in the input: a config, a file, a flag. Its message is one line for the user."""
 
 
+class SharedError(UserError):
+    """A UserError that every rank raises, so that rank 0 reports it for all of them."""
+
+
 def reason(error: BaseException) -> str:
     """Return an exception's message as one short line, for the message of a UserError."""
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -36,13 +40,22 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("DEBUG") == "1":
             traceback.print_exc()
-        # Under torchrun every rank finds the same mistake; one message is enough.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {_describe(error)}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
+            print(f"error: {describe(error)}", file=sys.stderr)
+        elif not isinstance(error, SharedError):
+            print(f"error: rank {rank}: {describe(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _describe(error: UserError | OSError) -> str:
+def warn(message: str) -> None:
+    """Print a warning. Of several ranks only rank 0 does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def describe(error: UserError | OSError) -> str:
+    """Return the message of an error that the user can mend, as one line."""
     if isinstance(error, UserError):
         return str(error)
     where = f"{error.filename}: " if error.filename else ""

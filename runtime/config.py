@@ -348,6 +348,9 @@ FREE_KEYS = {
     "wandb.save_code",
 }
 
+# Keys that may differ between the nodes of one run.
+LOCAL_KEYS = {"data.path", "train.out_dir", "train.init_from"}
+
 
 def value_of(tree: dict[str, Any], key: str) -> Any:
     """Return the value of a dotted key in a stored config, or its default if it is missing."""

@@ -5,23 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from runtime.cli import UserError
-from runtime.config import TrainConfig
+from runtime.cli import SharedError, UserError, describe, reason, warn
+from runtime.config import KEYS, LOCAL_KEYS, Config, TrainConfig, value_of
+from runtime.run_folder import describe_code
 
 COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")  # torch.compile calls one, on GPUs too
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 # Preemption (torchrun, SLURM, clouds), Ctrl-C, and the signal that SLURM can send before a job's
 # time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REPEATED_S = 5.0  # a signal that comes again within these seconds is the same one
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ def find_device(train: TrainConfig) -> torch.device:
     kind: str = train.device
     if kind == "auto":
         kind = next(name for name, is_available in available.items() if is_available)
+        if kind == "cpu":
+            _warn_about_unused_gpu()
     if not available[kind]:
         raise UserError(f"train.device = {kind!r}, but this machine has no such device; use auto")
     if kind != "cuda":
@@ -81,17 +92,60 @@ def check_device(train: TrainConfig, device: torch.device) -> None:
         raise UserError(f"{name} has no bfloat16; use --train.dtype=float16 or float32")
 
 
-def start_process_group(ranks: Ranks, device: torch.device) -> None:
-    """Connect the ranks, if there are several, and wait for all of them."""
+def describe_device(device: torch.device) -> str:
+    """Return a device's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    return device.type
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Return the bytes of memory that this rank has on its device, or None if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if CGROUP_LIMIT.exists() and CGROUP_LIMIT.read_text().strip().isdigit():  # a container's
+        machine = min(machine, int(CGROUP_LIMIT.read_text()))
+    return machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _warn_about_unused_gpu() -> None:
+    """Warn if training is about to run on the CPU of a machine that has an NVIDIA card."""
+    if not NVIDIA_DRIVER.exists():
+        return
+    problem = f"torch {torch.__version__} is a build without CUDA"
+    if torch.version.cuda is not None:
+        problem = f"torch {torch.__version__}, for CUDA {torch.version.cuda}, cannot use it"
+    warn(
+        f"TRAINING ON THE CPU, although this machine has an NVIDIA card: {problem}; install a "
+        f"build of torch that fits the driver, or add --train.device=cpu if this is intended"
+    )
+
+
+def start_process_group(ranks: Ranks) -> None:
+    """Connect the ranks, if there are several, and wait for all of them.
+
+    Raises:
+        UserError: if the other ranks cannot be reached.
+    """
     if ranks.world_size == 1:
         return
     # Small decisions use gloo, which never waits for a GPU; gradients use NCCL.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, _, _ = next(dist.rendezvous("env://"))
-    store = _fresh_store(store, ranks)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
-    # No rank may create the run's folder before every rank has looked at it.
-    barrier()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = _fresh_store(store, ranks)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    except dist.DistError as error:
+        raise UserError(
+            f"the other ranks cannot be reached ({reason(error)}); check that every node runs "
+            f"torchrun, and can reach the rendezvous endpoint's host and port"
+        ) from error
 
 
 def _fresh_store(store: dist.Store, ranks: Ranks) -> dist.Store:
@@ -122,17 +176,31 @@ def _fresh_store(store: dist.Store, ranks: Ranks) -> dist.Store:
 def catch_signals() -> list[int]:
     """Return a list to which received SIGNALS are appended.
 
-    A second signal of the same kind ends the process.
+    A second signal ends the process, but not within REPEATED_S of the first: torchrun and SLURM
+    both pass on the same one.
     """
     received: list[int] = []
+    first: list[float] = []
 
     def handle(number: int, _: Any) -> None:
+        if first and time.monotonic() - first[0] > REPEATED_S:
+            release_signals()
+            os.kill(os.getpid(), number)
+        first.append(time.monotonic())
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
 
     for number in SIGNALS:
         signal.signal(number, handle)
     return received
+
+
+def release_signals() -> None:
+    """Let SIGNALS end the process at once."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---- Coordination --------------------------------------------------------------------------------
 
 
 def max_over_ranks(number: int) -> int:
@@ -147,6 +215,66 @@ def max_over_ranks(number: int) -> int:
 def barrier() -> None:
     """Wait until all ranks have called this."""
     max_over_ranks(0)
+
+
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Raise a UserError of any rank on all ranks, so that none waits for one that has exited.
+
+    All ranks must enter the block. The first rank with an error counts.
+
+    Raises:
+        SharedError: with the rank in front of the message if it is not rank 0.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+
+    own: UserError | OSError | None = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        own = error
+    if not max_over_ranks(own is not None):
+        return
+
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, describe(own) if own else None)
+    rank = next(rank for rank, message in enumerate(messages) if message is not None)
+    raise SharedError(f"rank {rank}: {messages[rank]}" if rank else messages[0]) from own
+
+
+def check_same_on_all_ranks(config: Config, fingerprints: dict[str, str], step: int) -> None:
+    """Refuse ranks that differ, such as a node with another config, other data or other code.
+
+    Args:
+        config: the run; paths may differ.
+        fingerprints: of the token file of each split.
+        step: the step to start from, which differs if the output folder is not shared.
+
+    Raises:
+        SharedError: on all ranks, naming a rank that differs from rank 0, its host and the fact.
+    """
+    if not dist.is_initialized():
+        return
+    tree = config.model_dump()
+    facts = {key: value_of(tree, key) for key in KEYS if key not in LOCAL_KEYS}
+    facts |= {f"{split}.bin": fingerprint[:12] for split, fingerprint in fingerprints.items()}
+    facts |= {"the step to start from": step} | describe_code()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+
+    first_host, first_facts = everyone[0]
+    for rank, (host, own_facts) in enumerate(everyone):
+        for name, value in own_facts.items():
+            expected = first_facts[name]
+            is_known = name != "commit" or None not in (value, expected)
+            if value != expected and is_known:
+                raise SharedError(
+                    f"rank {rank} on {host} has {name} = {value!r}, rank 0 on {first_host} has "
+                    f"{expected!r}; all nodes need the same command, code, versions and data, and "
+                    f"train.out_dir on storage that they share"
+                )
 
 
 def exit_process(ranks: Ranks, status: int) -> None:

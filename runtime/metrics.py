@@ -138,7 +138,8 @@ class RunLog:
         self.file.writelines(to_line(record) for record in records)
         self.file.flush()
         for tracker in self.trackers:
-            tracker.log(last)
+            for record in records:
+                tracker.log(record)
 
         skipped = [str(record["step"]) for record in records if record.get("skipped")]
         if skipped:
@@ -176,13 +177,13 @@ class RunLog:
         """Make sure that everything written so far is on the disk."""
         os.fsync(self.file.fileno())
 
-    def close(self) -> None:
-        """Finish metrics.jsonl and the trackers."""
+    def close(self, exit_status: int) -> None:
+        """Finish metrics.jsonl and the trackers, which may show the run's exit status."""
         self.sync()
         self.file.close()
         self.bar.close()
         for tracker in self.trackers:
-            tracker.close()
+            tracker.close(exit_status)
 
 
 def _warn_about_gaps(path: str, records: list[dict[str, Any]], step: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.cli import UserError
+import torch
+
+from runtime.cli import UserError, warn
 from runtime.config import Config
 from runtime.cost import (
     PROBE_BYTES,
@@ -15,6 +17,8 @@ from runtime.cost import (
     hvp_bytes,
     num_parameters,
 )
+from runtime.distributed import Ranks, describe_device, memory_of
+from runtime.run_folder import describe_commit
 
 
 def check_divisible(config: Config, world_size: int) -> None:
@@ -72,51 +76,117 @@ def _sequences_that_fit(config: Config) -> int:
     return room // hvp_bytes(config.model, train.dtype, train.compile)
 
 
-def print_plan(config: Config, world_size: int, device: str) -> None:
-    """Print what this run would be, for --dry-run."""
-    model, train = config.model, config.train
-    n = num_parameters(model)
+# ---- Memory --------------------------------------------------------------------------------------
 
-    # Memory: a step, or an estimate if that needs more.
-    fixed = fixed_bytes(config, world_size)
+ROOM = 0.9  # the share of the memory that a suggested micro-batch may fill
+BEYOND_DOUBT = 1.5  # the estimate is within a third; beyond this factor, a run cannot fit
+
+
+def memory_per_rank(config: Config, world_size: int) -> tuple[int, int]:
+    """Return the bytes of weights, gradients and optimizer, and those of a micro-batch.
+
+    The second is a step's, or a Hessian estimate's if that needs more.
+    """
+    model, train = config.model, config.train
     activations = activation_bytes(model, train.dtype, train.micro_batch_size, train.loss_chunk)
-    hessian_micro = hessian_micro_batch_size(config, world_size)
     if config.optimizer.hessian_estimator == "hutchinson":
+        hessian_micro = hessian_micro_batch_size(config, world_size)
         product = hessian_micro * hvp_bytes(model, train.dtype, train.compile)
-        activations = max(activations, PROBE_BYTES * n + product)
+        activations = max(activations, PROBE_BYTES * num_parameters(model) + product)
+    return fixed_bytes(config, world_size), activations
+
+
+def check_memory(config: Config, ranks: Ranks, device: torch.device) -> None:
+    """Refuse a run that cannot fit into the memory of this rank's device; warn if it may not.
+
+    Raises:
+        UserError: naming the largest micro-batch that fits.
+    """
+    available = memory_of(device)
+    needed = sum(memory_per_rank(config, ranks.world_size))
+    if available is None or needed <= available:
+        return
+
+    smaller = _largest_that_fits(config, ranks.world_size, ROOM * available)
+    advice = "use a GPU with more memory, a smaller model, or --train.shard_optimizer=true"
+    if smaller:
+        advice = f"use --train.micro_batch_size={smaller}, which gives the same losses"
+    message = (
+        f"train.micro_batch_size {config.train.micro_batch_size} needs about {needed / 1e9:,.3g} "
+        f"GB per rank, of {available / 1e9:.3g} GB; {advice}"
+    )
+    if needed > BEYOND_DOUBT * available:
+        raise UserError(message)
+    warn(f"this may not fit: {message}")
+
+
+def _largest_that_fits(config: Config, world_size: int, available: float) -> int:
+    """Return the largest micro-batch that divides the batch and fits, or 0."""
+    for micro in range(config.train.micro_batch_size - 1, 0, -1):
+        if config.train.batch_size % (micro * world_size) == 0:
+            train = config.train.model_copy(update={"micro_batch_size": micro})
+            smaller = config.model_copy(update={"train": train})
+            if sum(memory_per_rank(smaller, world_size)) <= available:
+                return micro
+    return 0
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+def print_plan(config: Config, ranks: Ranks, device: torch.device, start: str) -> None:
+    """Print what this run is, and from which step it starts: at its start, and for --dry-run."""
+    model, train, world_size = config.model, config.train, ranks.world_size
+    micro, tokens = train.micro_batch_size, config.tokens_per_step
+    fixed, activations = memory_per_rank(config, world_size)
+    accumulation = train.batch_size // (micro * world_size)
+    memory = memory_of(device)
+    there_is = f" of {memory / 1e9:.3g} GB" if memory else ""
 
     estimate = "none"
+    hessian_micro = hessian_micro_batch_size(config, world_size)
     if hessian_micro:
         count = config.hessian_batch_size // world_size // hessian_micro
         estimate = (
             f"every {config.hessian_interval} steps, {count} × {hessian_micro} sequences per rank"
         )
 
-    tokens = config.tokens_per_step
-    accumulation = train.batch_size // (train.micro_batch_size * world_size)
-    is_prepared = Path(config.data.path, "train.bin").exists()
     rows = {
-        "run": f"{config.experiment}/{config.run} on {world_size} × {device}, {train.dtype}",
-        "parameters": f"{n:,}",
-        "tokens per step": f"{tokens:,} = {train.batch_size} sequences of {model.block_size}",
-        "accumulation": (
-            f"{accumulation} micro-batches of {train.micro_batch_size} sequences per rank"
+        "run": f"{config.experiment}/{config.run}",
+        "device": f"{world_size} × {describe_device(device)}",
+        "number format": f"{train.dtype}, {'compiled' if train.compile else 'not compiled'}",
+        "parameters": f"{num_parameters(model):,}",
+        "batch": (
+            f"{train.batch_size} sequences of {model.block_size} = {tokens:,} tokens: "
+            f"{accumulation} micro-batches of {micro} on each of {world_size} ranks"
         ),
         "Hessian estimate": estimate,
-        "length": f"{train.max_steps:,} steps, {train.max_steps * tokens:,} tokens",
+        "schedule": f"{train.max_steps:,} steps, {_describe_length(config)}",
         "compute": (
             f"{flops_per_token(model) * tokens / 1e12:,.4g} TFLOP per step, without estimates"
         ),
         "memory per rank": (
-            f"about {(fixed + activations) / 1e9:.3g} GB (weights, gradients, optimizer "
+            f"about {(fixed + activations) / 1e9:.3g} GB{there_is} (weights, gradients, optimizer "
             f"{fixed / 1e9:.3g}; activations {activations / 1e9:.3g})"
         ),
         "checkpoint": (
             f"{checkpoint_bytes(config) / 1e9:.3g} GB, "
             f"the newest {train.keep_checkpoints} and the best are kept"
         ),
+        "data": config.data.path,
         "output": str(config.run_dir),
-        "data": config.data.path + ("" if is_prepared else " (not prepared yet)"),
+        "code": describe_commit(),
+        "start": start,
     }
     for name, value in rows.items():
-        print(f"{name:17} {value}")
+        print(f"{name:17} {value}", flush=True)
+
+
+def _describe_length(config: Config) -> str:
+    """Return the tokens of the schedule, and how often it goes through the training data."""
+    tokens = config.train.max_steps * config.tokens_per_step
+    path = Path(config.data.path, "train.bin")
+    if not path.exists():
+        return f"{tokens:,} tokens (the data is not prepared yet)"
+    epochs = tokens / (path.stat().st_size / 2)
+    return f"{tokens:,} tokens, {epochs:,.3g} epochs"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from runtime.cli import UserError
@@ -24,23 +27,47 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """Return what a reader needs to repeat a run: commit, versions, device, command."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changes = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-    )
     name = f"{device.type}, {os.cpu_count()} cores"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
 
     return {
-        "commit": commit.stdout.strip() or None,
-        "uncommitted_changes": bool(changes.stdout.strip()),
+        "commit": _git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "-uno")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": name,
         "world_size": world_size,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _git(*arguments: str) -> str:
+    """Return what git prints about this repository, or nothing if that fails."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def describe_commit() -> str:
+    """Return the commit that is checked out, and the version of torch, as text."""
+    commit = _git("rev-parse", "--short=10", "HEAD")
+    changes = " with uncommitted changes" if _git("status", "--porcelain", "-uno") else ""
+    return f"{'commit ' + commit if commit else 'not in git'}{changes}, torch {torch.__version__}"
+
+
+def describe_code() -> dict[str, Any]:
+    """Return what decides a run's numbers besides its config and data: code and versions."""
+    digest = hashlib.sha256()
+    for package in ("", "data", "optimizers", "runtime"):
+        for path in sorted((ROOT / package).glob("*.py")):
+            digest.update(path.read_bytes())
+    return {
+        "commit": _git("rev-parse", "HEAD") or None,
+        "digest of the code": digest.hexdigest()[:12],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
     }
 
 

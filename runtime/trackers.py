@@ -26,6 +26,8 @@ from runtime.run_folder import METRICS, ROOT, read_metrics
 # estimates included.
 AXES = ("tokens", "seconds", "flops")
 
+FINISH_TIMEOUT = 120.0  # seconds that a run waits at its end for wandb to upload the rest
+
 
 def check_installed(config: Config) -> None:
     """Refuse a config whose tracker is not installed, before anything of the run exists."""
@@ -42,8 +44,21 @@ def check_installed(config: Config) -> None:
 
 
 def is_tracked(record: dict[str, Any]) -> bool:
-    """Return whether trackers get this record: a validation, or the last of a log interval."""
-    return "val_loss" in record or "tokens_per_second" in record
+    """Return whether trackers get this record.
+
+    They get validations, the last step of each log interval, and the steps that have the time of a
+    Hessian estimate.
+    """
+    return any(key in record for key in ("val_loss", "tokens_per_second", "hessian_ms"))
+
+
+def position_of(record: dict[str, Any]) -> int:
+    """Return a record's own position in wandb's history, which counts up.
+
+    A step and the validation after it must not share one: the run may be stopped between the two,
+    and wandb closes a row at the end of a run.
+    """
+    return 2 * record["step"] + ("val_loss" in record)
 
 
 class WandbTracker:
@@ -51,7 +66,7 @@ class WandbTracker:
 
     The wandb run has one id for its whole life, kept in the run's folder. Online, wandb reports
     how far it has got, and everything after that is sent again. Offline, its file is rewritten
-    from `records`. So no point is lost or doubled.
+    from `records`. So each record arrives once.
 
     Args:
         config: the run; its `wandb.mode` must not be "disabled".
@@ -84,24 +99,27 @@ class WandbTracker:
             self._give_up(error, "continuing without it")
 
     def log(self, record: dict[str, Any]) -> None:
-        """Send one record of metrics.jsonl."""
-        if self.run is None:
+        """Send one record of metrics.jsonl, if it is one that trackers get."""
+        if self.run is None or not is_tracked(record):
             return
         try:
             self._send(record)
         except Exception as error:
             self._give_up(error, "continuing without it")
 
-    def close(self) -> None:
-        """Write the final numbers as the run's summary, and finish the upload."""
+    def close(self, exit_status: int = 0) -> None:
+        """Write the final numbers as the run's summary, and finish the upload.
+
+        With an exit status that is not 0, wandb shows the run as failed instead of finished.
+        """
         if self.run is None:
             return
         try:
             records = read_metrics(self.folder / METRICS)
             self.run.summary.update(summarize(records))
-            self.run.finish()
+            self.run.finish(exit_status)
         except Exception as error:
-            self._give_up(error, "continuing without it")
+            self._give_up(error, "not everything was sent")
 
     def _start(
         self,
@@ -124,7 +142,9 @@ class WandbTracker:
             dir=str(self.folder),
             mode=mode,
             resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(init_timeout=60),
+            settings=wandb.Settings(
+                init_timeout=60, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True
+            ),
         )
 
         # Plot against our own step, because wandb's counts calls of log().
@@ -133,9 +153,9 @@ class WandbTracker:
             self.run.define_metric(axis)
             self.run.define_metric(f"val_loss_by_{axis}", step_metric=axis)
 
-        known = self.run.step
+        known = self.run.starting_step  # run.step is 0 until the first call of log()
         for record in records:
-            if record["step"] >= known and is_tracked(record):
+            if position_of(record) >= known and is_tracked(record):
                 self._send(record)
         if self.config.wandb.save_code:
             upload_code(self.run)
@@ -145,7 +165,7 @@ class WandbTracker:
         if "val_loss" in record:
             for axis in AXES:  # one copy per axis that it can be plotted against
                 row[f"val_loss_by_{axis}"] = record["val_loss"]
-        self.run.log(row, step=record["step"])
+        self.run.log(row, step=position_of(record))
 
     def _give_up(self, error: Exception, then: str) -> None:
         import wandb
@@ -171,11 +191,12 @@ class TensorBoardTracker:
         shutil.rmtree(path, ignore_errors=True)
         self.writer = SummaryWriter(str(path))
         for record in records:
-            if is_tracked(record):
-                self.log(record)
+            self.log(record)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write one record of metrics.jsonl."""
+        """Write one record of metrics.jsonl, if it is one that trackers get."""
+        if not is_tracked(record):
+            return
         try:
             for key, value in record.items():
                 if key != "step":
@@ -183,7 +204,7 @@ class TensorBoardTracker:
         except OSError as error:
             print(f"warning: tensorboard: {reason(error)}", file=sys.stderr)
 
-    def close(self) -> None:
+    def close(self, exit_status: int = 0) -> None:
         """Flush and close the file."""
         with suppress(OSError):
             self.writer.close()

@@ -41,17 +41,20 @@ STOPPED = {-signal.SIGINT, -signal.SIGTERM}
 STOPPED |= {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
 SLURM = """#!/usr/bin/env bash
+# Each task of the array is one run. It saves on scancel and before its time limit, is requeued and
+# continues. Submit it from the repository's root, with --partition, --account, --time and the like.
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
 #SBATCH --nodes=1
-#SBATCH --gpus-per-node={gpus}
+#SBATCH --ntasks-per-node=1{gpus}
+#SBATCH --signal=B:USR1@180
 #SBATCH --requeue
-# Each task of the array is one run and continues when it is requeued. Add --partition, --account
-# and --time as your cluster requires.
+#SBATCH --open-mode=append
 runs=(
 {runs}
 )
-eval "${{runs[$SLURM_ARRAY_TASK_ID]}}"
+eval "set -- ${{runs[$SLURM_ARRAY_TASK_ID]}}"
+source scripts/slurm.sh
 """
 
 
@@ -193,7 +196,7 @@ def train_arguments(arguments: argparse.Namespace, trial: Trial) -> list[str]:
     own = [str(arguments.experiment), f"--run={trial.table}"]
     if trial.name != trial.table:
         own.append(f"--name={trial.name}")
-    return [*own, "--resume", *(f"--{key}={value}" for key, value in trial.overrides.items())]
+    return [*own, *(f"--{key}={value}" for key, value in trial.overrides.items())]
 
 
 def torchrun_options(arguments: argparse.Namespace) -> list[str]:
@@ -202,19 +205,21 @@ def torchrun_options(arguments: argparse.Namespace) -> list[str]:
 
 def print_commands(arguments: argparse.Namespace, trials: list[Trial]) -> None:
     """Print one command per trial, or an array job of them."""
-    launcher = ["python"]
-    if arguments.gpus > 1 or arguments.print == "torchrun":
-        launcher = ["torchrun", *torchrun_options(arguments)]
-    commands = []
-    for trial in trials:
-        commands.append(shlex.join([*launcher, "train.py", *train_arguments(arguments, trial)]))
-
     if arguments.print == "torchrun":
-        print("\n".join(commands))
+        for trial in trials:
+            command = ["torchrun", *torchrun_options(arguments), "train.py"]
+            print(shlex.join([*command, *train_arguments(arguments, trial), "--resume"]))
         return
-    name = trials[0].config.experiment
-    runs = "\n".join(f"  {shlex.quote(command)}" for command in commands)
-    print(SLURM.format(name=name, last=len(trials) - 1, gpus=arguments.gpus, runs=runs), end="")
+
+    config = trials[0].config
+    on_gpus = "" if config.train.device == "cpu" else f"\n#SBATCH --gpus-per-node={arguments.gpus}"
+    runs = []
+    for trial in trials:
+        runs.append("  " + shlex.quote(shlex.join(train_arguments(arguments, trial))))
+    text = SLURM.format(
+        name=config.experiment, last=len(trials) - 1, gpus=on_gpus, runs="\n".join(runs)
+    )
+    print(text, end="")
 
 
 def run_all(arguments: argparse.Namespace, trials: list[Trial]) -> list[str]:
@@ -248,8 +253,8 @@ def run_one(arguments: argparse.Namespace, trial: Trial) -> int:
     """Call train.py. With several jobs, its output is shown only if it fails."""
     launcher = [sys.executable]
     if arguments.gpus > 1:
-        launcher += ["-m", "torch.distributed.run", *torchrun_options(arguments)]
-    command = [*launcher, str(ROOT / "train.py"), *train_arguments(arguments, trial)]
+        launcher += [str(ROOT / "scripts/torchrun.py"), *torchrun_options(arguments)]
+    command = [*launcher, str(ROOT / "train.py"), *train_arguments(arguments, trial), "--resume"]
     if arguments.jobs == 1:
         print(f"== {trial.name}", flush=True)
         return subprocess.run(command).returncode

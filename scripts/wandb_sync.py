@@ -48,7 +48,8 @@ def upload(folder: Path, mode: str) -> None:
 
     tracker = WandbTracker(config, folder, read_environment(folder), records)
     run = tracker.run
-    tracker.close()
+    last = max((record["step"] for record in records if "val_loss" in record), default=-1)
+    tracker.close(exit_status=0 if last == config.train.max_steps else 1)
     if tracker.run is None:
         raise UserError(f"{folder}: not uploaded, wandb failed; see its message above")
     if mode == "online" and run.offline:

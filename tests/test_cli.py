@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime.cli import UserError, run_main
+from runtime.cli import SharedError, UserError, run_main
 
 
 def fail_as_a_user() -> None:
@@ -56,8 +56,20 @@ def test_bugs_are_not_disguised() -> None:
         run_main(bug)
 
 
-def test_only_rank_0_prints_an_error(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit):
-        run_main(fail_as_a_user)
-    assert capsys.readouterr().err == ""
+def fail_on_all_ranks() -> None:
+    raise SharedError("the same everywhere")
+
+
+def test_ranks_report_their_own_errors_and_rank_0_those_of_all(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    for rank, own, shared in (
+        ("0", "error: config.toml: no key x; add it\n", "error: the same everywhere\n"),
+        ("1", "error: rank 1: config.toml: no key x; add it\n", ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        for main, expected in ((fail_as_a_user, own), (fail_on_all_ranks, shared)):
+            with pytest.raises(SystemExit) as ended:
+                run_main(main)
+            assert ended.value.code == 2
+            assert capsys.readouterr().err == expected

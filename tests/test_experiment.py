@@ -24,12 +24,17 @@ def name_of(path: Path) -> str:
 
 
 PLAN_ROWS = (
+    "device",
+    "number format",
     "parameters",
-    "tokens per step",
-    "accumulation",
+    "batch",
+    "schedule",
     "memory per rank",
     "checkpoint",
-    "length",
+    "data",
+    "output",
+    "code",
+    "start",
 )
 
 

@@ -168,7 +168,8 @@ def test_slurm_script_stops_and_requeues_before_the_time_limit(tmp_path: Path) -
     assert process.wait(timeout=300) == 0
 
     started, cancelled, requeued = log.read_text().splitlines()
-    assert "--rdzv_endpoint=node7:29500" in started
+    assert "--rdzv_endpoint=node7:20042" in started
+    assert "--nproc_per_node=1" in started
     assert started.endswith("-- train.py configs/gpt2_125m.toml --run=lion --resume")
     assert (cancelled, requeued) == ("scancel --signal=TERM 42", "scontrol requeue 42")
 

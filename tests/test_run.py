@@ -154,21 +154,25 @@ def test_failed_runs_are_named_and_do_not_stop_the_others(
 def test_slurm_script_starts_one_run_per_task(
     experiment: Path, call: Caller, tmp_path: Path
 ) -> None:
-    script = tmp_path / "jobs.sh"
-    script.write_text(call(experiment, "--seeds=2", "--gpus=8", "--print=slurm"))
-    assert "#SBATCH --array=0-7" in script.read_text()
+    text = call(experiment, "--seeds=2", "--gpus=8", "--print=slurm", "--train.device=auto")
+    assert "#SBATCH --array=0-7" in text
+    assert "#SBATCH --gpus-per-node=8" in text
+    assert "gpus" not in call(experiment, "--print=slurm")  # the experiment's device is the CPU
 
-    # Replace torchrun by a program that prints its arguments.
-    fake = tmp_path / "torchrun"
-    fake.write_text('#!/bin/sh\necho "$@"\n')
-    fake.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": "3"}
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment)
-
+    # Replace scripts/slurm.sh by a script that prints its arguments.
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/slurm.sh").write_text('echo "$@"\n')
+    (tmp_path / "jobs.sh").write_text(text)
+    done = subprocess.run(
+        ["bash", "jobs.sh"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SLURM_ARRAY_TASK_ID": "3"},
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:4] == ["--standalone", "--nproc_per_node=8", "--", "train.py"]
-    assert "--run=lion --name=lion,seed=1338 --resume --train.seed=1338" in done.stdout
+    arguments = "--run=lion --name=lion,seed=1338 --train.device=auto --train.seed=1338"
+    assert done.stdout == f"{experiment} {arguments}\n"
 
 
 @pytest.mark.parametrize(
