@@ -28,6 +28,7 @@ other parameterizations.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -138,9 +139,17 @@ class Sophia(Optimizer):
     ) -> float | None:
         """Update all parameters that have a gradient.
 
+        Warns if the first step comes before any estimate of the Hessian.
+
         Args:
             closure: re-evaluates the model and returns the loss.
         """
+        if not self.state:
+            warnings.warn(
+                "Sophia's first step comes before any estimate of the Hessian, so its update is "
+                "the sign of the momentum; call update_hessian() before step(), every k steps",
+                stacklevel=2,
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -248,7 +257,14 @@ class SophiaG(Sophia):
         Args:
             n_labels: see :func:`gnb_estimate`.
             found_inf: 0-dim tensor; if it is 1, every h stays as it is.
+
+        Raises:
+            RuntimeError: if no parameter has a gradient.
         """
+        own = [p for group in self.param_groups for p in group["params"]]
+        if own and all(p.grad is None for p in own):
+            raise RuntimeError("no parameter has a gradient; call backward() on the sampled loss")
+
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:

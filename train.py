@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,7 +112,7 @@ def prepare_and_train(ranks: Ranks) -> int:
 
         plan.check_memory(config, ranks, device)
         trackers.check_installed(config)
-        folder, model = Path(config.data.path), config.model
+        folder, model = config.data_folder, config.model
         tokens = {}
         for split in ("train", "val"):
             tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
@@ -168,7 +167,7 @@ def open_log(run: Run, progress: Progress, found: checkpoint.Found | None) -> Ru
 
     checkpoint.quarantine(config.run_dir, after=progress.step)
     environment = describe_environment(device, run.ranks.world_size)
-    environment["data"] = read_meta(Path(config.data.path))
+    environment["data"] = read_meta(config.data_folder)
     return RunLog.open(config, device, environment, progress.step, progress.validated_step)
 
 

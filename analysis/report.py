@@ -31,7 +31,7 @@ def make_report(runs: list[StoredRun], reference: str | None, target: float | No
     lines = []
     for run in runs:
         if not run.is_finished:
-            step = run.validations[-1]["step"]
+            step = max(record["step"] for record in [*run.records, *run.validations])
             lines.append(
                 f"note: {run.name} is unfinished, step {step:,} of {run.horizon:,}: left out"
             )

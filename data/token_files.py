@@ -14,6 +14,8 @@ from runtime.cli import UserError
 # Files up to this size are searched for tokens outside the vocabulary before training; larger ones
 # are checked window by window as they are read.
 SCAN_TOKENS = 1_000_000_000
+BYTES = 257  # tokens of the vocabulary of bytes
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def fingerprint(tokens: np.ndarray) -> str:
@@ -64,10 +66,10 @@ def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> n
     """
     path = folder / f"{split}.bin"
     if not path.is_file():
-        own_script = folder / "prepare.py"
-        command = f"data/openwebtext/prepare.py --out {folder}"
-        if own_script.exists():
-            command = str(own_script)
+        script = "data/stdlib/prepare.py" if vocab_size == BYTES else "data/openwebtext/prepare.py"
+        command = f"{ROOT / script} --out {folder}"
+        if (folder / "prepare.py").exists():
+            command = str(folder / "prepare.py")
         raise UserError(f"{path}: no such file; make it first: python {command}")
 
     # Size and vocabulary, as far as meta.json is there to tell.

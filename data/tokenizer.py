@@ -131,7 +131,7 @@ def data_meta(checkpoint: Path, config: Config) -> dict[str, Any]:
     from runtime.run_folder import read_environment  # here: prepare.py must not import torch
 
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return read_environment(folder).get("data") or read_meta(Path(config.data.path))
+    return read_environment(folder).get("data") or read_meta(config.data_folder)
 
 
 def tokenizer_of_run(checkpoint: Path, config: Config) -> str:

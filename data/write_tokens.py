@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data.token_files import fingerprint, read_meta
 from data.tokenizer import load_tokenizer
 from runtime.cli import UserError, reason
-from runtime.files import locked, write_json
+from runtime.files import locked, naming, write_json
 
 # Keeps `datasets` from importing torch, which takes three seconds. Must be set before the import.
 os.environ.setdefault("USE_TORCH", "0")
@@ -261,7 +261,8 @@ def _append(
     start = 0
     for split, documents in itertools.groupby(zip(splits, lengths, strict=True), key=itemgetter(0)):
         end = start + sum(length for _, length in documents)
-        files[split].write(tokens[start:end].data)
+        with naming(Path(files[split].name)):
+            files[split].write(tokens[start:end].data)
         progress["tokens"][split] += end - start
         start = end
     progress["documents"] += len(lengths)

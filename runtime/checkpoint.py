@@ -6,6 +6,7 @@ random state, because all randomness of a step derives from (seed, step).
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,10 @@ def save(run_dir: Path, state: dict[str, Any], keep: int) -> None:
         with whole_file(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
+        is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        problem = "the disk is full" if is_full else f"cannot write ({reason(error)})"
         raise UserError(
-            f"{path}: cannot write ({reason(error)}); free some space and add --resume, "
-            f"older checkpoints are intact"
+            f"{path}: {problem}; older checkpoints are intact; free some space and add --resume"
         ) from error
 
     for old in checkpoints(run_dir)[:-keep]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -59,6 +60,8 @@ def describe(error: UserError | OSError) -> str:
     if isinstance(error, UserError):
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}the disk is full; free some space and continue (train.py with --resume)"
     return f"{where}{error.strerror or reason(error)}; fix that and run the same command again"
 
 

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from model import ModelConfig
 from runtime.cli import UserError
+from runtime.run_folder import ROOT
 
 PATH = r"^[^\x00-\x1f]+$"  # no control characters
 
@@ -290,6 +291,12 @@ class Config(Section):
         return Path(self.train.out_dir) / self.experiment / self.run
 
     @property
+    def data_folder(self) -> Path:
+        """The folder of data.path, which may be relative to the repository."""
+        path = Path(self.data.path)
+        return path if path.exists() else ROOT / path  # unchanged if it is absolute
+
+    @property
     def tokens_per_step(self) -> int:
         return self.train.batch_size * self.model.block_size
 
@@ -384,8 +391,25 @@ def validated(tree: dict[str, Any], where: str) -> Config:
         raise UserError(f"{where}: {_first_problem(error)}") from error
 
 
+# What nanoGPT calls them.
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "max_iters": "train.max_steps",
+    "warmup_iters": "train.warmup_steps",
+    "min_lr": "train.final_lr_ratio",
+    "gradient_accumulation_steps": "train.batch_size",
+    "eval_iters": "train.eval_windows",
+    "dataset": "data.path",
+    "wandb_project": "wandb.project",
+    "wandb_log": "wandb.mode",
+}
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return "; did you mean …?" if one of the `known` names is similar, else an empty string."""
+    other = OTHER_NAMES.get(name.split(".")[-1])
+    if other in known:
+        return f"; did you mean {other}?"
     names = {key.split(".")[-1]: key for key in known} | {key: key for key in known}
     for spelling in (name, name.split(".")[-1]):
         close = difflib.get_close_matches(spelling, names, 1, 0.7)
@@ -415,6 +439,8 @@ def _first_problem(error: ValidationError) -> str:
         return "optimizer.name is missing; add it to the file or to the command line"
     if kind == "union_tag_invalid":
         return f"optimizer.name = {value.get('name')!r} should be one of {', '.join(OPTIMIZERS)}"
+    if kind in ("bool_type", "bool_parsing"):
+        return f"{key} = {value!r} should be true or false"
     if kind == "string_pattern_mismatch":
         return f"{key} = {value!r} is empty or contains a character that is not allowed"
 

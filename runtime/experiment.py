@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from runtime.cli import UserError, reason
 from runtime.config import KEYS, SECTIONS, Config, nearest, validated
@@ -152,11 +152,20 @@ def _merge(base: Tree, over: Tree) -> Tree:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    """Return a command-line value as TOML would read it; text stays text."""
-    if KEYS[key].annotation is str:
+    """Return a command-line value as TOML would read it; text stays text.
+
+    Python's True and False are understood too, and 1e3 as a whole number.
+    """
+    kind = KEYS[key].annotation
+    if kind is str:
         return text
+    if kind is bool:
+        text = text.lower()
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    return parsed["value"] if len(parsed) == 1 else text
+    value = parsed["value"] if len(parsed) == 1 else text
+    if int in (kind, *get_args(kind)) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

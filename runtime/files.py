@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ from typing import IO, Any
 from runtime.cli import UserError
 
 UNFINISHED = ".tmp"
+FULL = 1_000_000  # bytes; a disk with fewer is full
 
 
 @contextmanager
@@ -22,6 +25,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
     If the block fails, `path` is untouched. Once it has ended, the content and the new name survive
     a crash of the machine.
+
+    Raises:
+        OSError: with ENOSPC if the disk is full, which some writers report as another error.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
@@ -30,6 +36,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except Exception as error:
+        if shutil.disk_usage(path.parent).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         with suppress(FileNotFoundError):
             unfinished.unlink()
@@ -40,6 +50,16 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put a file's path into the errors of reads and writes, which do not have it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

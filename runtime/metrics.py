@@ -10,8 +10,10 @@ including compilation but not validation or checkpoints).
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from runtime.config import Config
 from runtime.cost import flops_per_token
-from runtime.files import write_json, write_text
+from runtime.files import naming, write_json, write_text
 from runtime.run_folder import CONFIG, ENVIRONMENT, METRICS, read_metrics, to_line
 from runtime.trackers import TensorBoardTracker, Tracker, WandbTracker
 
@@ -88,6 +90,7 @@ class RunLog:
         self.file = file
         self.trackers = trackers
         self.bar = bar
+        self.val_loss = math.nan  # the last one, for the bar
 
     @classmethod
     def open(
@@ -127,6 +130,7 @@ class RunLog:
             unit="step",
             desc=config.run,
             disable=not is_terminal,
+            bar_format="{desc} {n_fmt}/{total_fmt} {postfix}",
         )
         file = path.open("a", encoding="utf-8")
         return cls(config, device, environment["world_size"], file, trackers, bar)
@@ -135,8 +139,7 @@ class RunLog:
         """Write a log interval, one record per step. Adds the throughput to the last record."""
         last = records[-1]
         last |= throughput(records, self.config, self.device, self.world_size)
-        self.file.writelines(to_line(record) for record in records)
-        self.file.flush()
+        self._write(records)
         for tracker in self.trackers:
             for record in records:
                 tracker.log(record)
@@ -145,28 +148,31 @@ class RunLog:
         if skipped:
             self.message(f"skipped steps with a non-finite loss or gradient: {', '.join(skipped)}")
 
-        speed = f"{last['tokens_per_second']:,.0f} tokens/s"
+        # A line, and on a terminal the bar below it.
+        max_steps = self.config.train.max_steps
+        seconds_per_step = sum(_total_ms(record) for record in records) / len(records) / 1000
+        left = time_left((max_steps - last["step"]) * seconds_per_step)
+        numbers = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}"
+        speed = f"{last['tokens_per_second']:,.0f} tokens/s  left {left}"
+        self.message(f"step {last['step']}/{max_steps}  {numbers}  {speed}")
+        memory = f"  {last['memory_gb']:.1f} GB" if "memory_gb" in last else ""
         self.bar.update(last["step"] - self.bar.n)
-        self.bar.set_postfix_str(f"loss {last['loss']:.4f}, {speed}")
-        if self.bar.disable:
-            max_steps = self.config.train.max_steps
-            seconds_per_step = sum(_total_ms(record) for record in records) / len(records) / 1000
-            left = time_left((max_steps - last["step"]) * seconds_per_step)
-            self.message(
-                f"step {last['step']}/{max_steps}  loss {last['loss']:.4f}  lr {last['lr']:.2e}  "
-                f"{speed}  left {left}"
-            )
+        self.bar.set_postfix_str(f"{numbers}  val {self.val_loss:.4f}  {speed}{memory}")
 
     def validation(self, step: int, seconds: float, val_loss: float) -> None:
         """Write the loss of a validation after `step` updates."""
         tokens = step * self.config.tokens_per_step
         record = {"step": step, "tokens": tokens, "seconds": seconds, "val_loss": val_loss}
-        self.file.write(to_line(record))
-        self.file.flush()
+        self._write([record])
         for tracker in self.trackers:
             tracker.log(record)
-        max_steps = self.config.train.max_steps
-        self.message(f"step {step}/{max_steps}  validation loss {val_loss:.4f}")
+        self.val_loss = val_loss
+        self.message(f"step {step}/{self.config.train.max_steps}  validation loss {val_loss:.4f}")
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        with naming(Path(self.file.name)):
+            self.file.writelines(to_line(record) for record in records)
+            self.file.flush()
 
     def message(self, text: str) -> None:
         """Print a line without disturbing the progress bar."""
@@ -175,7 +181,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Make sure that everything written so far is on the disk."""
-        os.fsync(self.file.fileno())
+        with naming(Path(self.file.name)):
+            os.fsync(self.file.fileno())
 
     def close(self, exit_status: int) -> None:
         """Finish metrics.jsonl and the trackers, which may show the run's exit status."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from runtime.cli import UserError, warn
@@ -112,8 +110,8 @@ def check_memory(config: Config, ranks: Ranks, device: torch.device) -> None:
     if smaller:
         advice = f"use --train.micro_batch_size={smaller}, which gives the same losses"
     message = (
-        f"train.micro_batch_size {config.train.micro_batch_size} needs about {needed / 1e9:,.3g} "
-        f"GB per rank, of {available / 1e9:.3g} GB; {advice}"
+        f"train.micro_batch_size {config.train.micro_batch_size} needs about "
+        f"{_gigabytes(needed)} GB per rank, of {_gigabytes(available)} GB; {advice}"
     )
     if needed > BEYOND_DOUBT * available:
         raise UserError(message)
@@ -131,6 +129,10 @@ def _largest_that_fits(config: Config, world_size: int, available: float) -> int
     return 0
 
 
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
+
+
 # ---- The table -----------------------------------------------------------------------------------
 
 
@@ -141,7 +143,7 @@ def print_plan(config: Config, ranks: Ranks, device: torch.device, start: str) -
     fixed, activations = memory_per_rank(config, world_size)
     accumulation = train.batch_size // (micro * world_size)
     memory = memory_of(device)
-    there_is = f" of {memory / 1e9:.3g} GB" if memory else ""
+    there_is = f" of {_gigabytes(memory)} GB" if memory else ""
 
     estimate = "none"
     hessian_micro = hessian_micro_batch_size(config, world_size)
@@ -166,14 +168,14 @@ def print_plan(config: Config, ranks: Ranks, device: torch.device, start: str) -
             f"{flops_per_token(model) * tokens / 1e12:,.4g} TFLOP per step, without estimates"
         ),
         "memory per rank": (
-            f"about {(fixed + activations) / 1e9:.3g} GB{there_is} (weights, gradients, optimizer "
-            f"{fixed / 1e9:.3g}; activations {activations / 1e9:.3g})"
+            f"about {_gigabytes(fixed + activations)} GB{there_is} (weights, gradients, optimizer "
+            f"{_gigabytes(fixed)}; activations {_gigabytes(activations)})"
         ),
         "checkpoint": (
-            f"{checkpoint_bytes(config) / 1e9:.3g} GB, "
+            f"{_gigabytes(checkpoint_bytes(config))} GB, "
             f"the newest {train.keep_checkpoints} and the best are kept"
         ),
-        "data": config.data.path,
+        "data": str(config.data_folder),
         "output": str(config.run_dir),
         "code": describe_commit(),
         "start": start,
@@ -185,7 +187,7 @@ def print_plan(config: Config, ranks: Ranks, device: torch.device, start: str) -
 def _describe_length(config: Config) -> str:
     """Return the tokens of the schedule, and how often it goes through the training data."""
     tokens = config.train.max_steps * config.tokens_per_step
-    path = Path(config.data.path, "train.bin")
+    path = config.data_folder / "train.bin"
     if not path.exists():
         return f"{tokens:,} tokens (the data is not prepared yet)"
     epochs = tokens / (path.stat().st_size / 2)

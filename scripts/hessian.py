@@ -78,7 +78,7 @@ def histogram(path: Path, n_windows: int, n_probes: int) -> tuple[Any, str]:
     """Return a histogram of a checkpoint's positive diagonal entries, and a table."""
     config, model, step = checkpoint.load_model(path)
     shape = config.model
-    tokens = open_tokens(Path(config.data.path), "val", shape.text_vocab_size, shape.block_size)
+    tokens = open_tokens(config.data_folder, "val", shape.text_vocab_size, shape.block_size)
     x, y = next(iter(validation_windows(tokens, shape, n_windows, n_windows, Ranks())))
 
     generator = torch.Generator().manual_seed(0)

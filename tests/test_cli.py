@@ -26,8 +26,8 @@ def fail_on_the_disk() -> None:
         (fail_as_a_user, "error: config.toml: no key x; add it"),
         (
             fail_on_the_disk,
-            "error: out/metrics.jsonl: No space left on device; "
-            "fix that and run the same command again",
+            "error: out/metrics.jsonl: the disk is full; free some space and continue "
+            "(train.py with --resume)",
         ),
     ],
 )

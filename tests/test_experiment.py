@@ -240,10 +240,13 @@ BAD_ARGUMENTS = [
     ("", r"which run\? Add --run=NAME, NAME one of: adamw, lion, sophia-g, sophia-h"),
     ("--run=sofia", "no run named 'sofia'"),
     ("--run=adamw --train.max_step=3", r"unknown argument .*did you mean train.max_steps\?"),
+    ("--run=adamw --optimizer.learning_rate=3", r"did you mean optimizer.lr\?"),
+    ("--run=adamw --train.max_iters=3", r"did you mean train.max_steps\?"),
+    ("--run=adamw --train.max_steps=1.5", "train.max_steps = 1.5 should be a valid integer"),
     ("--run=adamw --resum", r"unknown argument --resum; did you mean resume\?"),
     ("--run=adamw --train.max_steps=many", "train.max_steps = 'many' should be a valid integer"),
     ("--run=adamw --train.max_steps=2.5", "train.max_steps = 2.5 should be a valid integer"),
-    ("--run=adamw --train.compile=1", "train.compile = 1 should be a valid boolean"),
+    ("--run=adamw --train.compile=1", "train.compile = 1 should be true or false"),
     ("--run=adamw --optimizer.lr=-1", "optimizer.lr = -1 should be greater than 0"),
     ("--run=adamw --optimizer.lr=nan", "optimizer.lr = nan should be a finite number"),
     (
@@ -324,3 +327,14 @@ def test_missing_or_unreadable_experiment_files_are_refused(tmp_path: Path) -> N
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not valid TOML"):
         load_experiment(tmp_path / "binary.toml", "adamw")
+
+
+def test_python_spellings_are_understood(experiment: Path) -> None:
+    overrides = {"train.compile": "True", "train.max_steps": "1e3", "train.tensorboard": "FALSE"}
+    config = load_experiment(experiment, "sophia-h", overrides)
+    assert config.train.compile is True
+    assert config.train.tensorboard is False
+    assert config.train.max_steps == 1000
+    estimate = {"optimizer.hessian_micro_batch_size": "2.0"}
+    config = load_experiment(experiment, "sophia-h", estimate)
+    assert config.optimizer.hessian_micro_batch_size == 2  # type: ignore[union-attr]

@@ -8,7 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.peak_memory import PeakMemory
 from model import GPT, ModelConfig, summed_loss
+from runtime import plan
+from runtime.cli import UserError
 from runtime.cost import activation_bytes, hvp_bytes
+from runtime.distributed import Ranks
 from runtime.experiment import load_experiment
 from runtime.plan import hessian_micro_batch_size
 from tests.conftest import ROOT
@@ -66,3 +69,54 @@ def test_chunked_loss_needs_a_third_less_memory_per_sequence() -> None:
         smaller = peak_bytes("step", 2, "bfloat16", loss_chunk)
         per_sequence.append(larger - smaller)
     assert per_sequence[0] / per_sequence[1] > 1.5
+
+
+@pytest.mark.parametrize(("run", "ranks"), [("adamw", 1), ("sophia-h", 1), ("lion", 8)])
+def test_run_that_cannot_fit_is_refused_with_the_largest_that_does(
+    run: str, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Give a rank less and less memory, and follow the advice."""
+    path = ROOT / "configs/gpt2_125m.toml"
+
+    def check(micro: int) -> str:
+        """Return the advice of the error or warning, or nothing."""
+        overrides = {"train.batch_size": "960", "train.micro_batch_size": str(micro)}
+        config = load_experiment(path, run, overrides)
+        try:
+            plan.check_memory(config, Ranks(0, ranks), torch.device("cpu"))
+        except UserError as error:
+            return str(error)
+        return capsys.readouterr().err
+
+    config = load_experiment(path, run, {"train.batch_size": "960", "train.micro_batch_size": "60"})
+    needed = sum(plan.memory_per_rank(config, ranks))
+    monkeypatch.setattr(plan, "memory_of", lambda device: needed)
+    assert check(60) == ""
+    monkeypatch.setattr(plan, "memory_of", lambda device: int(0.8 * needed))
+    assert check(60).startswith("warning: this may not fit: ")
+
+    monkeypatch.setattr(plan, "memory_of", lambda device: needed // 3)
+    message = check(60)
+    assert message.startswith("train.micro_batch_size 60 needs about")
+    advice = int(message.partition("use --train.micro_batch_size=")[2].partition(",")[0])
+    assert 0 < advice < 60
+    assert 960 % (advice * ranks) == 0
+    assert check(advice) == ""
+
+    # Not even a single sequence.
+    monkeypatch.setattr(plan, "memory_of", lambda device: 10**9)
+    assert "use a GPU with more memory" in check(60)
+
+
+def test_table_has_what_a_reader_asks_first(capsys) -> None:
+    config = load_experiment(ROOT / "configs/gpt2_125m.toml", "sophia-g")
+    plan.print_plan(config, Ranks(0, 8), torch.device("cpu"), "at step 0")
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        rows[line[:17].strip()] = line[18:]
+    assert rows["batch"].startswith("480 sequences of 1024 = 491,520 tokens: ")
+    assert rows["batch"].endswith("on each of 8 ranks")
+    assert rows["schedule"].startswith("100,000 steps, 49,152,000,000 tokens")
+    assert " GB of " in rows["memory per rank"]
+    assert rows["code"].startswith("commit ")
+    assert rows["start"] == "at step 0"

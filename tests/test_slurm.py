@@ -90,8 +90,12 @@ def test_job_saves_before_its_time_limit_and_continues_when_requeued(
 ) -> None:
     """Send SLURM's warning twice, and compare the losses with those of an undisturbed run."""
     log = tmp_path / "job.log"
-    steps = ["--run=sophia-g", "--train.max_steps=3000", "--train.log_interval=5"]
-    steps += ["--train.checkpoint_interval=1000000", "--train.micro_batch_size=4"]
+    steps = ["--run=sophia-g", "--train.max_steps=2000", "--train.log_interval=5"]
+    steps += [
+        "--train.eval_interval=500",
+        "--train.checkpoint_interval=1000000",
+        "--train.micro_batch_size=4",
+    ]
     options = ("--gpus-per-node=2", "--cpus-per-task=2")
     job = submit(log, *options, "scripts/slurm.sh", experiment, *steps)
 
@@ -132,7 +136,7 @@ def test_jobs_on_one_node_do_not_share_a_port(
 ) -> None:
     """Start the second job while the first one runs, and let it end later."""
     jobs = []
-    for index, steps in enumerate((1500, 3000)):
+    for index, steps in enumerate((1000, 2000)):
         log = tmp_path / f"{index}.log"
         options = ("--nodelist=n1", "--gpus-per-node=1", "--cpus-per-task=1")
         arguments = ("--run=adamw", f"--train.max_steps={steps}")
@@ -181,7 +185,7 @@ def test_array_job_saves_is_requeued_and_appends_its_logs(
     cluster: Path, experiment: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(ROOT / "scripts/run.py"), str(experiment)]
-    command += ["--runs=adamw,lion", "--print=slurm", "--train.max_steps=3000"]
+    command += ["--runs=adamw,lion", "--print=slurm", "--train.max_steps=2000"]
     script = tmp_path / "jobs.sh"
     script.write_text(subprocess.run(command, capture_output=True, text=True).stdout)
     assert "gpus" not in script.read_text()  # the experiment is one for the CPU
@@ -197,4 +201,4 @@ def test_array_job_saves_is_requeued_and_appends_its_logs(
         assert count(log, "start  ") == 2
     for run in ("adamw", "lion"):
         steps = [step for step, _ in read_lines(tmp_path / "out/tiny" / run, "loss")]
-        assert steps == list(range(1, 3001))
+        assert steps == list(range(1, 2001))

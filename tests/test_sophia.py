@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -458,3 +459,27 @@ def test_a_step_with_found_inf_changes_nothing(make: type, path: dict) -> None:
             after = optimizer.state_dict()["state"]
             for i, state in before[1].items():
                 assert all(torch.equal(value, after[i][key]) for key, value in state.items())
+
+
+def test_misuse_is_reported() -> None:
+    """Warn of steps without estimates, and refuse an estimate from gradients that are not there."""
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = SophiaG([w], lr=0.1, weight_decay=0.0)
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        optimizer.update_hessian_from_grad(n_labels=1)
+
+    w.grad = torch.tensor([1e-6, 1.0, 100.0])
+    with pytest.warns(UserWarning, match="before any estimate of the Hessian"):
+        optimizer.step()
+    assert torch.allclose(w, torch.full((3,), 0.9))
+
+    # One estimate, or a state that was loaded, is enough.
+    other = SophiaG([w], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        other.load_state_dict(optimizer.state_dict())
+        other.step()
+        third = SophiaG([w], lr=0.1)
+        third.update_hessian_from_grad(n_labels=1)
+        third.step()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import math
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +24,9 @@ import torch
 
 import train
 from data.batches import window_offsets
-from runtime import checkpoint
+from runtime import checkpoint, distributed
 from runtime.experiment import load_experiment
+from runtime.files import locked
 from tests.conftest import OPTIMIZERS, ROOT, newest_state, read_lines
 from train import accumulate_gradient, hutchinson, learning_rate, summed_sampled_loss
 
@@ -530,3 +537,85 @@ def test_torchrun_saves_on_sigterm_and_resumes_on_one_rank(
     whole = dict(read_lines(tmp_path / "whole/tiny/sophia-g", "val_loss"))
     # Sums in a different order: only rounding, amplified by 400 steps of sign-like updates.
     assert dict(read_lines(folder, "val_loss")) == pytest.approx(whole, abs=0.02)
+
+
+# ---- What a user sees ----------------------------------------------------------------------------
+
+
+def test_run_says_where_it_starts_and_where_its_results_are(
+    experiment: Path, run_train: Runner, tmp_path: Path, capsys
+) -> None:
+    folder = tmp_path / "out/tiny/adamw"
+    run_train(experiment, "--run=adamw", "--resume")
+    output = capsys.readouterr().out
+    assert "start             at step 0" in output
+    assert f"finished; results are in {folder}" in output
+    assert f"python scripts/compare.py {folder.parent}" in output
+
+    (folder / "step_00000012.pt").unlink()
+    run_train(experiment, "--run=adamw", "--resume")
+    start = f"start             after step 10, from {folder}/step_00000010.pt"
+    assert start in capsys.readouterr().out
+
+
+def test_second_trainer_in_a_folder_prints_one_line(
+    experiment: Path, run_train: Runner, tmp_path: Path, capsys
+) -> None:
+    folder = tmp_path / "out/tiny/adamw"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    with locked(folder):
+        error = refuse(run_train, capsys, experiment, "--run=adamw", "--resume")
+    assert "another process writes here" in error
+    assert "start" not in capsys.readouterr().out
+
+
+def test_cpu_build_on_a_machine_with_a_gpu_is_loud(
+    experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(distributed, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run_train(experiment, "--run=adamw", "--train.device=auto", "--dry-run")
+    assert "warning: TRAINING ON THE CPU, although this machine has" in capsys.readouterr().err
+    run_train(experiment, "--run=adamw", "--train.device=cpu", "--dry-run")
+    assert capsys.readouterr().err == ""
+
+
+def test_bar_on_a_terminal_has_the_numbers(experiment: Path) -> None:
+    """Run on a pseudo-terminal, 160 columns wide."""
+    command = [sys.executable, str(ROOT / "train.py"), str(experiment), "--run=adamw"]
+    terminal, other_end = pty.openpty()
+    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 160, 0, 0))
+    process = subprocess.Popen(command, stdout=other_end, stderr=other_end)
+    os.close(other_end)
+    written = b""
+    with suppress(OSError):  # the end of a pseudo-terminal
+        while chunk := os.read(terminal, 4096):
+            written += chunk
+    assert process.wait() == 0
+
+    text = written.decode()
+    bars = re.findall(r"adamw +\d+/12 [^\r\n]*", text)
+    assert re.search(
+        r"12/12 .*loss \d\.\d+ .*lr \d.* val \d\.\d+ .*tokens/s .*left 00:00:00", bars[-1]
+    )
+    # Lines stay whole above it.
+    for step in range(1, 13):
+        assert re.search(rf"[\r\n]step {step}/12  loss [^\r\n]*left [0-9:]+\r\n", text), step
+
+
+def test_stored_data_path_works_from_any_folder(
+    run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Look for relative data in the repository if it is not in the current folder."""
+    config = load_experiment(ROOT / "configs/quickstart.toml", "adamw")
+    monkeypatch.chdir(tmp_path)
+    assert config.data_folder == ROOT / "data/stdlib"
+    (tmp_path / "data/stdlib").mkdir(parents=True)
+    assert config.data_folder == Path("data/stdlib")
+
+    # The advice for missing data names the script that makes this kind of data.
+    arguments = (ROOT / "configs/quickstart.toml", "--run=adamw", "--train.out_dir=out")
+    error = refuse(run_train, capsys, *arguments, f"--data.path={tmp_path}/none")
+    assert f"python {ROOT}/data/stdlib/prepare.py --out {tmp_path}/none" in error
