@@ -29,8 +29,6 @@ trap stop_and_requeue USR1
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # A port per job, because jobs may share a node; below the ports that systems give out themselves.
 port=$((20000 + SLURM_JOB_ID % 12000))
-# A node that is started again can rejoin only if torchrun does not share its store with the ranks.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # srun does not take this over from sbatch by itself.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 

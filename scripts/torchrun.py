@@ -14,6 +14,8 @@ import os
 import signal
 import sys
 
+# A node that is started again can rejoin only if torchrun does not share its store with the ranks.
+os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 # Silences what torch's C++ code prints when another node's agent has left. Read at the import.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

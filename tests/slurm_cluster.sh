@@ -10,7 +10,9 @@ folder=$2
 
 stop() {
     for name in slurmd.n1 slurmd.n2 slurmctld; do
-        if [ -s "$folder/$name.pid" ]; then kill "$(cat "$folder/$name.pid")" 2>/dev/null || true; fi
+        if [ -s "$folder/$name.pid" ]; then
+            kill "$(cat "$folder/$name.pid")" 2>/dev/null || true
+        fi
     done
 }
 if [ "$1" = down ]; then

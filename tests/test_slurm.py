@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not IS_AVAILABLE, reason="needs SLURM's programs, root and .venv"),
 ]
 STOPPED = "stopped by a signal after step"
+FINISHED = "finished; results are in"
 
 
 @pytest.fixture(params=["proctrack/cgroup", "proctrack/linuxproc"])
@@ -81,8 +82,20 @@ def count(log: Path, text: str) -> int:
     return log.read_text().count(text) if log.exists() else 0
 
 
+def wait_for(log: Path, text: str, times: int = 1) -> None:
+    wait_until(lambda: count(log, text) >= times, log)
+
+
+def wait_for_state(job: str, wanted: str, log: Path) -> None:
+    wait_until(lambda: state(job) == wanted, log)
+
+
 def forever(experiment: Path) -> list[str]:
     return [str(experiment), "--run=sophia-g", "--train.max_steps=1000000"]
+
+
+def wait_for_checkpoint(folder: Path, log: Path) -> None:
+    wait_until(lambda: any(folder.glob("step_*.pt")), log)
 
 
 def test_job_saves_before_its_time_limit_and_continues_when_requeued(
@@ -100,12 +113,11 @@ def test_job_saves_before_its_time_limit_and_continues_when_requeued(
     job = submit(log, *options, "scripts/slurm.sh", experiment, *steps)
 
     for stops in (1, 2):
-        lines = count(log, "lr ")
-        wait_until(lambda lines=lines: count(log, "lr ") > lines + 4, log)  # type: ignore[misc]
+        wait_for(log, "lr ", times=count(log, "lr ") + 5)
         call("scancel", "--batch", "--signal=USR1", job)
-        wait_until(lambda stops=stops: count(log, STOPPED) == stops, log)  # type: ignore[misc]
-    wait_until(lambda: count(log, "finished; results are in") == 1, log)
-    wait_until(lambda: state(job) == "COMPLETED", log)
+        wait_for(log, STOPPED, times=stops)
+    wait_for(log, FINISHED)
+    wait_for_state(job, "COMPLETED", log)
     assert "after step" in log.read_text()
 
     command = [sys.executable, str(ROOT / "scripts/torchrun.py"), "--standalone"]
@@ -122,12 +134,11 @@ def test_scancel_saves(cluster: Path, experiment: Path, tmp_path: Path) -> None:
         log = tmp_path / f"{how[0]}.log"
         out = f"--train.out_dir={tmp_path / how[0]}"
         job = submit(log, "--gpus-per-node=1", "scripts/slurm.sh", *forever(experiment), out)
-        wait_until(lambda log=log: count(log, "lr ") > 4, log)  # type: ignore[misc]
+        wait_for(log, "lr ", times=5)
         call(*how, job)
 
         # The message may be lost, because srun forwards nothing any more.
-        folder = tmp_path / how[0] / "tiny/sophia-g"
-        wait_until(lambda folder=folder: any(folder.glob("step_*.pt")), log)  # type: ignore[misc]
+        wait_for_checkpoint(tmp_path / how[0] / "tiny/sophia-g", log)
         call("scancel", job)
 
 
@@ -142,9 +153,9 @@ def test_jobs_on_one_node_do_not_share_a_port(
         arguments = ("--run=adamw", f"--train.max_steps={steps}")
         out = f"--train.out_dir={tmp_path / str(index)}"
         jobs.append(submit(log, *options, "scripts/slurm.sh", experiment, *arguments, out))
-        wait_until(lambda log=log: count(log, "lr ") > 0, log)  # type: ignore[misc]
+        wait_for(log, "lr ")
     for index, job in enumerate(jobs):
-        wait_until(lambda job=job: state(job) == "COMPLETED", tmp_path / f"{index}.log")  # type: ignore[misc]
+        wait_for_state(job, "COMPLETED", tmp_path / f"{index}.log")
 
 
 def test_dead_agent_ends_the_job(cluster: Path, experiment: Path, tmp_path: Path) -> None:
@@ -153,11 +164,11 @@ def test_dead_agent_ends_the_job(cluster: Path, experiment: Path, tmp_path: Path
     options = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")
     arguments = [*forever(experiment), "--train.micro_batch_size=4"]
     job = submit(log, *options, "scripts/slurm.sh", *arguments)
-    wait_until(lambda: count(log, "lr ") > 4, log)
+    wait_for(log, "lr ", times=5)
 
     (agent,) = [process for process in agents(job) if process.environ()["SLURM_NODEID"] == "1"]
     agent.send_signal(signal.SIGKILL)
-    wait_until(lambda: state(job) == "FAILED", log)
+    wait_for_state(job, "FAILED", log)
     wait_until(lambda: not agents(job), log)
 
 
@@ -177,7 +188,7 @@ def agents(job: str) -> list[psutil.Process]:
 def test_node_without_gpus_has_one_rank(cluster: Path, experiment: Path, tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     job = submit(log, "scripts/slurm.sh", experiment, "--run=lion")
-    wait_until(lambda: state(job) == "COMPLETED", log)
+    wait_for_state(job, "COMPLETED", log)
     assert "device            1 × cpu" in log.read_text()
 
 
@@ -193,11 +204,11 @@ def test_array_job_saves_is_requeued_and_appends_its_logs(
     job = submit(tmp_path / "%a.log", script)
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     for log in logs:
-        wait_until(lambda log=log: count(log, "lr ") > 4, log)  # type: ignore[misc]
+        wait_for(log, "lr ", times=5)
     call("scancel", "--batch", "--signal=USR1", job)
     for log in logs:
-        wait_until(lambda log=log: count(log, STOPPED) == 1, log)  # type: ignore[misc]
-        wait_until(lambda log=log: count(log, "finished; results are in") == 1, log)  # type: ignore[misc]
+        wait_for(log, STOPPED)
+        wait_for(log, FINISHED)
         assert count(log, "start  ") == 2
     for run in ("adamw", "lion"):
         steps = [step for step, _ in read_lines(tmp_path / "out/tiny" / run, "loss")]
