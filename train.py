@@ -107,7 +107,7 @@ def prepare_and_train(ranks: Ranks) -> int:
         plan.check_divisible(config, ranks.world_size)
         if flags.dry_run:
             if ranks.rank == 0:
-                plan.print_plan(config, ranks, device, start="not at all: --dry-run")
+                plan.print_plan(config, ranks, device, start="nothing is trained (--dry-run)")
             return 0
 
         plan.check_memory(config, ranks, device)
@@ -116,10 +116,11 @@ def prepare_and_train(ranks: Ranks) -> int:
         tokens = {}
         for split in ("train", "val"):
             tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
-        found = checkpoint.find_checkpoint(config, flags.resume, fingerprints(tokens))
+        digests = fingerprints(tokens)
+        found = checkpoint.find_checkpoint(config, flags.resume, digests)
 
     step = found[1]["step"] if found else 0
-    distributed.check_same_on_all_ranks(config, fingerprints(tokens), step)
+    distributed.check_same_on_all_ranks(config, digests, step)
     if found and found[1]["validated_step"] == config.train.max_steps:
         if ranks.rank == 0:
             print(f"{config.run_dir}: finished already, {step} steps")
