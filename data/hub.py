@@ -1,7 +1,7 @@
 """Download OpenWebText's parquet shards from the Hugging Face hub, ahead of their reader.
 
-A download survives what a network does in a night: it is continued where it broke off, also after
-the process was killed, and repeated with growing pauses until nothing has arrived for ten minutes.
+A broken download is continued where it broke off, also by another process, with growing pauses
+between the attempts, until nothing has arrived for ten minutes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ AHEAD = 2  # shards that are downloaded while an earlier one is tokenized
 # Seconds between attempts, ten minutes in all.
 PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16, 32, *9 * [60])
 MAX_RETRY_AFTER = 300  # seconds; a server that asks for more is asked again earlier
-RETRIED = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that pass
-
+RETRIED = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses of temporary problems
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 SHARD_BYTES = 24e9 / len(HUB_SHARDS)
@@ -63,6 +62,8 @@ def hub_shards(folder: Path, n_documents: int, keep: bool) -> list[Callable[[], 
         for following in range(index, min(index + AHEAD + 1, max(needed, index + 1))):
             if following not in downloads:
                 downloads[following] = _in_background(partial(download, following, folder))
+        if not downloads[index].done():
+            tqdm.write(f"waiting for the download of {HUB_SHARDS[index]}", file=sys.stderr)
         path = downloads.pop(index).result()
         yield from read_documents(path)
         if not keep and path.parent == folder:  # not one that was in the hub's cache before
@@ -135,8 +136,9 @@ def _fetch(shard: str, path: Path) -> None:
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers, logging
+    from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
 
+    disable_progress_bars()  # several downloads at once would overwrite each other's
     logging.set_verbosity_error()  # every retry would print several lines
     url = hf_hub_url(HUB_ID, shard, repo_type="dataset", revision=HUB_REVISION)
     metadata = get_hf_file_metadata(url)

@@ -104,7 +104,9 @@ def cell(report: str, column: str) -> str:
     return next(v.strip() for n, v in zip(names, values, strict=True) if n.strip() == column)
 
 
-@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 8, 12])
+@pytest.mark.parametrize(
+    "step", [pytest.param(6, marks=pytest.mark.slow), 8, pytest.param(12, marks=pytest.mark.slow)]
+)
 def test_stopped_run_continues_its_curve(
     step: int, experiment: Path, server: WandbServer, tmp_path: Path
 ) -> None:
@@ -130,6 +132,7 @@ def wait_for_line(process: subprocess.Popen, text: str) -> None:
     raise AssertionError(f"no line with {text!r}")
 
 
+@pytest.mark.slow
 def test_killed_run_continues_its_curve(
     experiment: Path, server: WandbServer, tmp_path: Path
 ) -> None:
