@@ -1,6 +1,9 @@
 # docker build -t sophia-gpt2 .
-# docker run --gpus all --ipc=host -v "$PWD/data:/work/data" -v "$PWD/out:/work/out" sophia-gpt2 \
-#     torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g
+# docker run -v "$PWD/tokens:/tokens" sophia-gpt2 \
+#     python data/openwebtext/prepare.py --out /tokens/openwebtext
+# docker run --gpus all --ipc=host -v "$PWD/tokens:/tokens" -v "$PWD/out:/work/out" sophia-gpt2 \
+#     torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g \
+#     --data.path=/tokens/openwebtext
 #
 # The mounted folders must be writable for user 1000. CUDA 13.0 is what the wheel of torch 2.13.0
 # is built for; the host needs a driver of version 580 or newer.

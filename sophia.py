@@ -144,17 +144,12 @@ class Sophia(Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss.
         """
-        if not self.state:
-            warnings.warn(
-                "Sophia's first step comes before any estimate of the Hessian, so its update is "
-                "the sign of the momentum; call update_hessian() before step(), every k steps",
-                stacklevel=2,
-            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        self._warn_without_estimate()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -219,6 +214,15 @@ class Sophia(Optimizer):
             "negative": total(negative),
             "hessian_squares": total(squares),
         }
+
+    def _warn_without_estimate(self) -> None:
+        own = [p for group in self.param_groups for p in group["params"]]
+        if not self.state and any(p.grad is not None for p in own):
+            warnings.warn(
+                "Sophia's first step comes before any estimate of the Hessian, so its update is "
+                "the sign of the momentum; call update_hessian() before step(), every k steps",
+                stacklevel=5,  # where step() was called: torch wraps it twice
+            )
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]

@@ -105,11 +105,12 @@ def prepare_and_train(ranks: Ranks) -> int:
         device = distributed.find_device(config.train)
         distributed.check_device(config.train, device)
         plan.check_divisible(config, ranks.world_size)
-        if flags.dry_run:
-            if ranks.rank == 0:
-                plan.print_plan(config, ranks, device, start="nothing is trained (--dry-run)")
-            return 0
+    if distributed.max_over_ranks(flags.dry_run):
+        if ranks.rank == 0:
+            plan.print_plan(config, ranks, device, start="nothing is trained (--dry-run)")
+        return 0
 
+    with distributed.errors_on_all_ranks():
         plan.check_memory(config, ranks, device)
         trackers.check_installed(config)
         folder, model = config.data_folder, config.model
@@ -117,13 +118,13 @@ def prepare_and_train(ranks: Ranks) -> int:
         for split in ("train", "val"):
             tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
         digests = fingerprints(tokens)
-        found = checkpoint.find_checkpoint(config, flags.resume, digests)
+    found = checkpoint.find_on_all_ranks(config, flags.resume, digests)
 
-    step = found[1]["step"] if found else 0
-    distributed.check_same_on_all_ranks(config, digests, step)
-    if found and found[1]["validated_step"] == config.train.max_steps:
+    start = (found[1]["step"], found[1]["validated_step"]) if found else (0, -1)
+    distributed.check_same_on_all_ranks(config, device, digests, start)
+    if start[1] == config.train.max_steps:
         if ranks.rank == 0:
-            print(f"{config.run_dir}: finished already, {step} steps")
+            print(f"{config.run_dir}: finished already, {start[0]} steps")
         return 0
     return restore_and_train(build_run(config, ranks, device, tokens), found)
 
@@ -149,14 +150,20 @@ def build_run(
 
 
 def restore_and_train(run: Run, found: checkpoint.Found | None) -> int:
-    """Continue from the checkpoint, if one was found. Returns what `train` returns."""
+    """Continue from the checkpoint, if one was found, or from the weights of train.init_from.
+
+    Returns what `train` returns.
+    """
+    config = run.config
+    if found is None and config.train.init_from:
+        hugging_face.load_weights_on_all_ranks(run.model, config.train.init_from)
     with ExitStack() as resources:
         with distributed.errors_on_all_ranks():
             progress = restore(run, found)
             log = None
             if run.ranks.rank == 0:  # only rank 0 writes to the run's folder
-                run.config.run_dir.mkdir(parents=True, exist_ok=True)
-                resources.enter_context(locked(run.config.run_dir))
+                config.run_dir.mkdir(parents=True, exist_ok=True)
+                resources.enter_context(locked(config.run_dir))
                 log = open_log(run, progress, found)
         return train(run, progress, log)
 
@@ -217,7 +224,8 @@ def train(run: Run, progress: Progress, log: RunLog | None) -> int:
         else:
             log.message(f"finished; results are in {run.config.run_dir}")
             log.message(f"compare runs: python scripts/compare.py {run.config.run_dir.parent}")
-        distributed.release_signals()  # everything is saved; a tracker may take minutes to finish
+        if not stop_signal:
+            distributed.release_signals()  # nothing is left to save, and a tracker may take minutes
         log.close(exit_status=128 + stop_signal if stop_signal else 0)
     return stop_signal
 
@@ -549,10 +557,8 @@ def save(run: Run, progress: Progress, log: RunLog | None) -> None:
 
 
 def restore(run: Run, found: checkpoint.Found | None) -> Progress:
-    """Load a checkpoint into the run, or the weights of train.init_from into a new one."""
+    """Load a checkpoint into the run, if one was found."""
     if found is None:
-        if run.config.train.init_from:
-            hugging_face.load_weights_on_all_ranks(run.model, run.config.train.init_from)
         return Progress()
 
     path, saved = found

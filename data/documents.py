@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +16,8 @@ from typing import Any, TextIO
 from runtime.cli import UserError, reason
 
 KINDS = (".parquet", ".json", ".jsonl", ".csv", ".txt")
+# What damaged files raise, compressed or not.
+DAMAGED = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -111,7 +114,7 @@ def read_documents(path: Path) -> Iterator[str]:
         try:
             with _open_text(path) as file:
                 text = file.read()
-        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        except DAMAGED as error:
             raise _unreadable(path, error) from error
         yield text
     else:
@@ -132,7 +135,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 if line.strip():
                     count += 1
                     yield _text_of_line(line, f"{path}, line {number}")
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
     if count == 0:
         raise UserError(f"{path}: is empty; leave it out")
@@ -182,9 +185,8 @@ def _read_table(path: Path, reader: str) -> Iterator[str]:
         # What the json reader raises for an empty file, compressed or not.
         raise UserError(f"{path}: is empty; leave it out") from error
     except (
-        OSError,
+        *DAMAGED,
         ValueError,
-        EOFError,
         pa.ArrowException,
         datasets.exceptions.DatasetsError,
     ) as error:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,8 @@ AHEAD = 2  # shards that are downloaded while an earlier one is tokenized
 PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16, 32, *9 * [60])
 MAX_RETRY_AFTER = 300  # seconds; a server that asks for more is asked again earlier
 RETRIED = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses of temporary problems
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+DISK_ERRORS |= {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 SHARD_BYTES = 24e9 / len(HUB_SHARDS)
 TOKEN_BYTES = 2 * 9.04e9 / HUB_DOCUMENTS  # per document of OpenWebText, on average
@@ -70,6 +72,16 @@ def hub_shards(folder: Path, n_documents: int, keep: bool) -> list[Callable[[], 
             path.unlink()
 
     return [partial(read, index) for index in range(len(HUB_SHARDS))]
+
+
+def remove_downloads(folder: Path) -> None:
+    """Remove the shards in a folder of downloads, whole or not, and the folder if it is empty."""
+    for shard in HUB_SHARDS:
+        path = folder / Path(shard).name
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".partial").unlink(missing_ok=True)
+    with suppress(OSError):  # missing, or with other files
+        folder.rmdir()
 
 
 def _in_background(function: Callable[[], Path]) -> Future[Path]:
@@ -223,7 +235,8 @@ def check_disk(out: Path, folder: Path, n_documents: int, keep: bool) -> None:
         f"downloads at a time ({what})"
     )
 
-    present = sum(_size(path) for path in [*out.glob("*.partial"), *folder.glob("*.parquet*")])
+    written = [*out.glob("*.partial"), *out.glob("*.bin"), *folder.glob("*.parquet*")]
+    present = sum(_size(path) for path in written)
     place = out.absolute()
     while not place.exists():
         place = place.parent

@@ -90,6 +90,9 @@ class SophiaAblation(SophiaG):
                     self._update_unclipped(p, group, getattr(self, "found_inf", None))
         return loss
 
+    def _warn_without_estimate(self) -> None:
+        """Do nothing: an ablation may have no estimates on purpose."""
+
     def _update_unclipped(self, p: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         state = self._state(p)
         lr, g, m = group["lr"], p.grad, state["exp_avg"]

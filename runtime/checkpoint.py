@@ -7,6 +7,7 @@ random state, because all randomness of a step derives from (seed, step).
 from __future__ import annotations
 
 import errno
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 
 from model import GPT
+from runtime import distributed
 from runtime.cli import UserError, reason, warn
 from runtime.config import FREE_KEYS, KEYS, Config, from_stored, value_of
 from runtime.files import whole_file
 
+LISTING_ATTEMPTS = 13
+LISTING_PAUSE = 5.0  # seconds
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's path and content
 CONTENT = {
     "step": int,
@@ -155,6 +159,24 @@ def find_checkpoint(config: Config, resume: bool, fingerprints: dict[str, str]) 
                 f"{folder}: was started with another {split}.bin than the one in {config.data.path}"
             )
     return path, state
+
+
+def find_on_all_ranks(config: Config, resume: bool, fingerprints: dict[str, str]) -> Found | None:
+    """Return what :func:`find_checkpoint` does, once all ranks find the same step.
+
+    On another node than that of the rank which wrote a checkpoint, a network file system may list
+    an older one for up to a minute. Ranks that still differ then are refused later.
+    """
+    for attempt in range(LISTING_ATTEMPTS):
+        with distributed.errors_on_all_ranks():
+            found = find_checkpoint(config, resume, fingerprints)
+        step = found[1]["step"] if found else 0
+        newest = distributed.max_over_ranks(step)
+        if not distributed.max_over_ranks(step < newest):
+            break
+        if attempt < LISTING_ATTEMPTS - 1:
+            time.sleep(LISTING_PAUSE)
+    return found
 
 
 def check_same_config(config: Config, stored: dict[str, Any]) -> None:

@@ -46,6 +46,10 @@ def run_main(main: Callable[[], None]) -> None:
             print(f"error: {describe(error)}", file=sys.stderr)
         elif not isinstance(error, SharedError):
             print(f"error: rank {rank}: {describe(error)}", file=sys.stderr)
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # as in distributed.exit_process
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         sys.exit(2)
 
 

@@ -116,11 +116,13 @@ def memory_of(device: torch.device) -> int | None:
 
 def _warn_about_unused_gpu() -> None:
     """Warn if training is about to run on the CPU of a machine that has an NVIDIA card."""
-    if not NVIDIA_DRIVER.exists():
+    was_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if was_hidden or not NVIDIA_DRIVER.exists():
         return
     problem = f"torch {torch.__version__} is a build without CUDA"
     if torch.version.cuda is not None:
         problem = f"torch {torch.__version__}, for CUDA {torch.version.cuda}, cannot use it"
+        problem += ", or this job was given none"
     warn(
         f"TRAINING ON THE CPU, although this machine has an NVIDIA card: {problem}; install a "
         f"build of torch that fits the driver, or add --train.device=cpu if this is intended"
@@ -244,13 +246,17 @@ def errors_on_all_ranks() -> Iterator[None]:
     raise SharedError(f"rank {rank}: {messages[rank]}" if rank else messages[0]) from own
 
 
-def check_same_on_all_ranks(config: Config, fingerprints: dict[str, str], step: int) -> None:
+def check_same_on_all_ranks(
+    config: Config, device: torch.device, fingerprints: dict[str, str], start: tuple[int, int]
+) -> None:
     """Refuse ranks that differ, such as a node with another config, other data or other code.
 
     Args:
         config: the run; paths may differ.
+        device: this rank's; its kind must be the same.
         fingerprints: of the token file of each split.
-        step: the step to start from, which differs if the output folder is not shared.
+        start: the step to start from, and the step that was validated last. They differ if the
+            output folder is not shared.
 
     Raises:
         SharedError: on all ranks, naming a rank that differs from rank 0, its host and the fact.
@@ -258,16 +264,17 @@ def check_same_on_all_ranks(config: Config, fingerprints: dict[str, str], step: 
     if not dist.is_initialized():
         return
     tree = config.model_dump()
-    facts = {key: value_of(tree, key) for key in KEYS if key not in LOCAL_KEYS}
+    facts = describe_code() | {"device": device.type}
+    facts |= {key: value_of(tree, key) for key in KEYS if key not in LOCAL_KEYS}
     facts |= {f"{split}.bin": fingerprint[:12] for split, fingerprint in fingerprints.items()}
-    facts |= {"the step to start from": step} | describe_code()
+    facts |= {"the step to start from": start[0], "the last validation at step": start[1]}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), facts))
 
     first_host, first_facts = everyone[0]
     for rank, (host, own_facts) in enumerate(everyone):
         for name, value in own_facts.items():
-            expected = first_facts[name]
+            expected = first_facts.get(name)
             is_known = name != "commit" or None not in (value, expected)
             if value != expected and is_known:
                 raise SharedError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model import GPT, ModelConfig
 from runtime.cli import UserError, reason
+from runtime.distributed import errors_on_all_ranks
 from runtime.run_folder import METRICS
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -70,9 +71,14 @@ def hugging_face_config(config: ModelConfig, end_of_text: int) -> dict[str, Any]
 
 
 def load_weights_on_all_ranks(model: GPT, source: str) -> None:
-    """Load weights on rank 0 and send them to the other ranks."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        load_weights(model, source)
+    """Load weights on rank 0 and send them to the other ranks.
+
+    Raises:
+        UserError: on all ranks; see :func:`load_weights`.
+    """
+    with errors_on_all_ranks():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            load_weights(model, source)
     if dist.is_initialized():
         for weight in model.state_dict().values():
             dist.broadcast(weight, src=0)

@@ -59,10 +59,14 @@ def describe_commit() -> str:
 
 def describe_code() -> dict[str, Any]:
     """Return what decides a run's numbers besides its config and data: code and versions."""
+    files = set()
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "/")
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+            files.add(path)
     digest = hashlib.sha256()
-    for package in ("", "data", "optimizers", "runtime"):
-        for path in sorted((ROOT / package).glob("*.py")):
-            digest.update(path.read_bytes())
+    for path in sorted(files):
+        digest.update(path.read_bytes())
     return {
         "commit": _git("rev-parse", "HEAD") or None,
         "digest of the code": digest.hexdigest()[:12],

@@ -29,7 +29,8 @@ REPORTED = {2} | {128 + number for number in (signal.SIGINT, signal.SIGTERM, sig
 
 
 def main() -> None:
-    os.environ.pop("TORCH_CPP_LOG_LEVEL")  # the ranks report as usual
+    if os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR":
+        os.environ.pop("TORCH_CPP_LOG_LEVEL")  # the ranks report as usual
     logging.disable()  # torchrun's own lines about each failure
     try:
         run.run(run.parse_args(sys.argv[1:]))

@@ -175,7 +175,8 @@ def test_killed_download_is_continued(
         assert server.starts(HUB_SHARDS[0]) == [received(server)]
     assert hashes(out) == expected
 
-    # Kept downloads serve another preparation in the same folder.
+    # Kept downloads stay, also if the same command is repeated without the option.
+    assert prepare("http://127.0.0.1:9", out)[0] == 0
     assert {path.name for path in (out / "downloads").iterdir()} == set(NAMES[:5])
 
 

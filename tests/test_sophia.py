@@ -469,8 +469,9 @@ def test_misuse_is_reported() -> None:
         optimizer.update_hessian_from_grad(n_labels=1)
 
     w.grad = torch.tensor([1e-6, 1.0, 100.0])
-    with pytest.warns(UserWarning, match="before any estimate of the Hessian"):
+    with pytest.warns(UserWarning, match="before any estimate of the Hessian") as warned:
         optimizer.step()
+    assert warned[0].filename == __file__
     assert torch.allclose(w, torch.full((3,), 0.9))
 
     # One estimate, or a state that was loaded, is enough.

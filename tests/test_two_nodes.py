@@ -88,7 +88,12 @@ def test_nodes_that_differ_are_refused(experiment: Path, tiny_data: Path, tmp_pa
     results = run_nodes(same, [*same, f"--data.path={tmp_path / 'copy'}"])
     assert [status for status, _ in results] == [0, 0], results
 
-    # An output folder that is not shared: one node has a checkpoint, the other one has not.
+
+@pytest.mark.slow
+def test_output_folder_that_is_not_shared_is_refused(experiment: Path, tmp_path: Path) -> None:
+    """One node has a checkpoint, the other one has not, also after waiting for the listing."""
+    same: list[object] = [experiment, "--run=lion", "--train.micro_batch_size=4"]
+    assert [status for status, _ in run_nodes(same, same)] == [0, 0]
     (tmp_path / "out/tiny/lion/step_00000012.pt").unlink()
     unshared = [*same, f"--train.out_dir={tmp_path / 'unshared'}", "--resume"]
     assert "has the step to start from = " in refused([*same, "--resume"], unshared)
@@ -103,6 +108,13 @@ def test_error_of_one_node_ends_both_and_is_printed(experiment: Path, tmp_path: 
         line = refused(same, mistake)
         assert line.startswith("error: ")
         assert message in line
+
+
+def test_bad_weights_to_start_from_end_both(experiment: Path, tmp_path: Path) -> None:
+    """Only rank 0 reads them, while the other one waits for them."""
+    same: list[object] = [experiment, "--run=lion", "--train.micro_batch_size=4"]
+    line = refused(*2 * [[*same, f"--init-from={tmp_path / 'none'}"]])
+    assert str(tmp_path / "none") in line
 
 
 # ---- Two network namespaces ----------------------------------------------------------------------

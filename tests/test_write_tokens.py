@@ -143,6 +143,15 @@ def test_a_single_text_file_is_split_by_position(tmp_path: Path) -> None:
         assert content == (tmp_path / f"out/{split}.bin").read_bytes()
 
 
+def test_folder_of_own_files_called_downloads_is_kept(tmp_path: Path) -> None:
+    source = tmp_path / "out/downloads/a.parquet"
+    source.parent.mkdir(parents=True)
+    write_parquet(source, TEXTS)
+    for _ in range(2):
+        assert run_prepare("--files", source, "--out", tmp_path / "out").returncode == 0
+        assert source.exists()
+
+
 def test_short_validation_set_is_reported_with_a_remedy(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", ["some words " * 2000] * 300)
     arguments = ("--files", tmp_path / "a.parquet")
@@ -298,6 +307,11 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     assert "torn.jsonl, line 2: not JSON (" in error("torn.jsonl")
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(500 * b'{"text": "a"}\n')[:-9])
     assert "torn.jsonl.gz: unreadable as jsonl" in error("torn.jsonl.gz")
+    damaged = bytearray(gzip.compress(os.urandom(5000).hex().encode()))
+    damaged[len(damaged) // 2] ^= 255
+    for name in ("damaged.txt.gz", "damaged.jsonl.gz", "damaged.csv.gz"):
+        (tmp_path / name).write_bytes(damaged)
+        assert f"{name}: unreadable as" in error(name)
     for name, content in (
         ("empty.jsonl", b""),
         ("empty.json", b""),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -39,28 +38,29 @@ def main() -> None:
     arguments = make_parser().parse_args()
     out, limit = arguments.out, arguments.limit
     downloads = out / "downloads"
+    is_complete = (out / "meta.json").exists()
     if arguments.files is None:
         source: dict[str, Any] = {"hub": hub.HUB_ID, "revision": hub.HUB_REVISION}
         n_documents = min(hub.HUB_DOCUMENTS, limit or hub.HUB_DOCUMENTS)
-        if not (out / "meta.json").exists():  # otherwise the data is complete
+        if not is_complete:
             hub.check_disk(out, downloads, n_documents, arguments.keep_downloads)
         shards = hub.hub_shards(downloads, n_documents, arguments.keep_downloads)
     else:
         source, shards, available = local_shards(arguments.files)
         n_documents = min(available, limit or available)
 
-    default_fraction = 0.1 if n_documents == 1 else 0.0005  # both are nanoGPT's
+    default = 0.1 if n_documents == 1 else 0.0005  # both are nanoGPT's
     meta = write_dataset(
         out,
         shards,
         n_documents,
         "gpt2",
         source,
-        val_fraction=arguments.val_fraction or default_fraction,
+        val_fraction=default if arguments.val_fraction is None else arguments.val_fraction,
         workers=arguments.workers,
     )
-    if not arguments.keep_downloads:
-        shutil.rmtree(downloads, ignore_errors=True)  # shards that were not read to their end
+    if arguments.files is None and not is_complete and not arguments.keep_downloads:
+        hub.remove_downloads(downloads)  # shards that were not read to their end
     report(meta, out)
 
 
