@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ from runtime.config import Config
 from runtime.distributed import Ranks
 from runtime.files import locked
 from runtime.metrics import RunLog
-from runtime.run_folder import describe_environment
+from runtime.run_folder import ROOT, describe_environment
 from sophia import hutchinson_estimate, sampled_label_loss
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets (or uniforms), each (B, T)
@@ -223,7 +224,8 @@ def train(run: Run, progress: Progress, log: RunLog | None) -> int:
             log.message(f"stopped by a signal after step {step}; continue with --resume")
         else:
             log.message(f"finished; results are in {run.config.run_dir}")
-            log.message(f"compare runs: python scripts/compare.py {run.config.run_dir.parent}")
+            script = os.path.relpath(ROOT / "scripts/compare.py")
+            log.message(f"compare runs: python {script} {run.config.run_dir.parent}")
         if not stop_signal:
             distributed.release_signals()  # nothing is left to save, and a tracker may take minutes
         log.close(exit_status=128 + stop_signal if stop_signal else 0)

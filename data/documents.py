@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from runtime.cli import UserError, reason
 
 KINDS = (".parquet", ".json", ".jsonl", ".csv", ".txt")
+OUR_FILES = {"meta.json", "progress.json"}  # of prepared data; not documents
 # What damaged files raise, compressed or not.
 DAMAGED = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -53,7 +54,8 @@ def _matches(pattern: str) -> set[Path]:
     if path.is_file():
         return {path}
     if path.is_dir():
-        return {file for file in path.rglob("*") if file.is_file() and _kind(file) in KINDS}
+        files = {file for file in path.rglob("*") if file.is_file() and _kind(file) in KINDS}
+        return {file for file in files if file.name not in OUR_FILES}
     return {Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)}
 
 

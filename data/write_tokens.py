@@ -93,7 +93,7 @@ def write_dataset(
         vocabulary = loading[0].result()  # an unknown tokenizer fails before any file is made
 
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
+        with locked(out), naming(out):
             progress = _find_progress(out, recipe)
             if progress is None:
                 return read_meta(out)

@@ -65,7 +65,10 @@ def describe(error: UserError | OSError) -> str:
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return f"{where}the disk is full; free some space and continue (train.py with --resume)"
+        return (
+            f"{where}the disk is full; free some space and run the same command again "
+            f"(train.py with --resume)"
+        )
     return f"{where}{error.strerror or reason(error)}; fix that and run the same command again"
 
 

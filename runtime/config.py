@@ -288,13 +288,14 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.train.out_dir) / self.experiment / self.run
+        return Path(self.train.out_dir).expanduser() / self.experiment / self.run
 
     @property
     def data_folder(self) -> Path:
         """The folder of data.path, which may be relative to the repository."""
-        path = Path(self.data.path)
-        return path if path.exists() else ROOT / path  # unchanged if it is absolute
+        path = Path(self.data.path).expanduser()
+        is_in_repository = not path.exists() and (ROOT / path).exists()
+        return ROOT / path if is_in_repository else path
 
     @property
     def tokens_per_step(self) -> int:
@@ -446,5 +447,5 @@ def _first_problem(error: ValidationError) -> str:
 
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if isinstance(value, dict):
-        return f"{key or 'this run'}: {message}"
+        return f"{key}: {message}" if key else message
     return f"{key} = {value!r} {message}"

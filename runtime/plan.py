@@ -151,6 +151,7 @@ def print_plan(config: Config, ranks: Ranks, device: torch.device, start: str) -
     memory = memory_of(device)
     there_is = f" of {_gigabytes(memory)} GB" if memory else ""
 
+    is_prepared = (config.data_folder / "train.bin").exists()
     estimate = "none"
     hessian_micro = hessian_micro_batch_size(config, world_size)
     if hessian_micro:
@@ -181,7 +182,7 @@ def print_plan(config: Config, ranks: Ranks, device: torch.device, start: str) -
             f"{_gigabytes(checkpoint_bytes(config))} GB, "
             f"the newest {train.keep_checkpoints} and the best are kept"
         ),
-        "data": str(config.data_folder),
+        "data": str(config.data_folder) + ("" if is_prepared else " (not prepared)"),
         "output": str(config.run_dir),
         "code": describe_commit(),
         "start": start,
@@ -195,6 +196,6 @@ def _describe_length(config: Config) -> str:
     tokens = config.train.max_steps * config.tokens_per_step
     path = config.data_folder / "train.bin"
     if not path.exists():
-        return f"{tokens:,} tokens (the data is not prepared yet)"
+        return f"{tokens:,} tokens"
     epochs = tokens / (path.stat().st_size / 2)
     return f"{tokens:,} tokens, {epochs:,.3g} epochs"

@@ -26,8 +26,8 @@ def fail_on_the_disk() -> None:
         (fail_as_a_user, "error: config.toml: no key x; add it"),
         (
             fail_on_the_disk,
-            "error: out/metrics.jsonl: the disk is full; free some space and continue "
-            "(train.py with --resume)",
+            "error: out/metrics.jsonl: the disk is full; free some space and run the same command "
+            "again (train.py with --resume)",
         ),
     ],
 )

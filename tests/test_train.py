@@ -615,6 +615,13 @@ def test_stored_data_path_works_from_any_folder(
     (tmp_path / "data/stdlib").mkdir(parents=True)
     assert config.data_folder == Path("data/stdlib")
 
+    # The shell does not expand ~ in --key=~/folder.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"data.path": "~/tokens", "train.out_dir": "~/out"}
+    config = load_experiment(ROOT / "configs/quickstart.toml", "adamw", paths)
+    assert config.data_folder == tmp_path / "tokens"
+    assert config.run_dir == tmp_path / "out/quickstart/adamw"
+
     # The advice for missing data names the script that makes this kind of data.
     arguments = (ROOT / "configs/quickstart.toml", "--run=adamw", "--train.out_dir=out")
     error = refuse(run_train, capsys, *arguments, f"--data.path={tmp_path}/none")

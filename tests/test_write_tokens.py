@@ -171,7 +171,14 @@ def test_files_are_found_by_folder_patterns_and_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("in/b.txt", "in/deep/a.jsonl.gz", "in/README.md", "x [1]/c.txt", "d.txt"):
+    for name in (
+        "in/b.txt",
+        "in/deep/a.jsonl.gz",
+        "in/README.md",
+        "in/meta.json",
+        "x [1]/c.txt",
+        "d.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
@@ -183,7 +190,7 @@ def test_files_are_found_by_folder_patterns_and_home(
     assert find(f"{tmp_path}/x [1]", "~/d.txt", "~/d*") == ["d.txt", "x [1]/c.txt"]
     assert find("~/x [1]/c.txt") == ["x [1]/c.txt"]
     with pytest.raises(UserError, match=r"README.md: not one of \.parquet"):
-        find("~/in/*.*")
+        find("~/in/*.md")
     with pytest.raises(UserError, match="no file matches"):
         find("~/d.txt", "~/none")
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import hub
 from data.documents import count_documents, find_files, read_documents
 from data.write_tokens import Shard, write_dataset
-from runtime.cli import Parser, number, run_main
+from runtime.cli import Parser, number, run_main, warn
 
 # From nanoGPT's README, for the archive's older order of documents.
 NANOGPT_TOKENS = {"train": 9_035_582_198, "val": 4_434_897}
@@ -36,7 +36,7 @@ FEW_WINDOWS = 64
 
 def main() -> None:
     arguments = make_parser().parse_args()
-    out, limit = arguments.out, arguments.limit
+    out, limit = arguments.out.expanduser(), arguments.limit
     downloads = out / "downloads"
     is_complete = (out / "meta.json").exists()
     if arguments.files is None:
@@ -94,11 +94,12 @@ def report(meta: dict[str, Any], out: Path) -> None:
         share = FEW_WINDOWS * WINDOW / sum(tokens.values())
         digit = 10 ** math.floor(math.log10(share))
         fraction = min(math.ceil(share / digit) * digit, 0.1)
-        print(
-            f"warning: {out}/val.bin has {tokens['val'] // WINDOW} windows of {WINDOW:,} tokens, "
-            f"so validation losses will be noisy; use more documents, or prepare them again in "
-            f"another --out with --val-fraction {fraction:.1g}",
-            file=sys.stderr,
+        advice = "use more text"
+        if fraction > recipe["val_fraction"]:
+            advice += f", or prepare it again in another --out with --val-fraction {fraction:.1g}"
+        warn(
+            f"{out}/val.bin has {tokens['val'] // WINDOW} windows of {WINDOW:,} tokens: validation "
+            f"losses will be noisy, and with 0 there are none; {advice}"
         )
 
 

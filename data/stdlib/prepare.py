@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="where to write"
     )
-    out = parser.parse_args().out
+    out = parser.parse_args().out.expanduser()
 
     modules = find_modules()
     source = {
