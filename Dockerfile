@@ -1,7 +1,7 @@
 # docker build -t sophia-gpt2 .
 # docker run -v "$PWD/tokens:/tokens" sophia-gpt2 \
 #     python data/openwebtext/prepare.py --out /tokens/openwebtext
-# docker run --gpus all --ipc=host -v "$PWD/tokens:/tokens" -v "$PWD/out:/work/out" sophia-gpt2 \
+# docker run --gpus all --ipc=host -v "$PWD/tokens:/tokens" -v "$PWD/out:/app/out" sophia-gpt2 \
 #     torchrun --standalone --nproc_per_node=8 -- train.py configs/gpt2_125m.toml --run=sophia-g \
 #     --data.path=/tokens/openwebtext
 #
@@ -18,11 +18,11 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 # Ubuntu 24.04 has the user ubuntu with this number.
-WORKDIR /work
-RUN chown ubuntu:ubuntu /work
+WORKDIR /app
+RUN chown ubuntu:ubuntu /app
 USER 1000
 
-ENV PATH=/work/.venv/bin:$PATH
+ENV PATH=/app/.venv/bin:$PATH
 COPY --chown=ubuntu:ubuntu requirements.txt ./
 RUN python3 -m venv .venv && pip install --no-cache-dir -r requirements.txt
 COPY --chown=ubuntu:ubuntu . .

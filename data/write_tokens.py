@@ -67,8 +67,7 @@ def write_dataset(
         val_fraction, seed: of the split; the defaults are nanoGPT's for OpenWebText.
         workers: processes that tokenize.
 
-    Returns:
-        The content of meta.json.
+    Returns the content of meta.json.
 
     Raises:
         UserError: if `out` contains other data, or the number of documents is not as announced.
