@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -316,17 +316,37 @@ def _single_tensor(
     found_inf: Tensor | None,
 ) -> None:
     """Apply the update tensor by tensor. The reference: the other paths are tested against it."""
-    if found_inf is not None:
-        lr, grads = _skip(found_inf, lr, grads, exp_avgs)
-
     for theta, g, m, h in zip(params, grads, exp_avgs, hessians, strict=True):
-        theta.mul_(1 - lr * weight_decay)
+        step_size = lr
+        if found_inf is not None:
+            step_size, (g,) = _skip(found_inf, lr, [g], [m])
+
+        theta.mul_(1 - step_size * weight_decay)
         m.lerp_(g, 1 - beta1)
         update = (m / (rho * h).clamp_(min=eps)).clamp_(-1, 1)
-        theta.sub_(update.mul_(lr))
+        theta.sub_(update.mul_(step_size))
 
 
-def _multi_tensor(
+def _multi_tensor(*tensors: list[Tensor], **others: Any) -> None:
+    """Apply the update to many tensors at once, with one kernel launch per operation.
+
+    The temporaries are three times as large as the tensors, so not all tensors are updated at once.
+    """
+    for start, end in _pieces(tensors[0]):
+        _update_together(*(part[start:end] for part in tensors), **others)
+
+
+def _pieces(params: list[Tensor], entries: int = 2**26) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of consecutive parts of the list with about `entries` entries each."""
+    start, size = 0, 0
+    for end, p in enumerate(params, start=1):
+        size += p.numel()
+        if size >= entries or end == len(params):
+            yield start, end
+            start, size = end, 0
+
+
+def _update_together(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -339,7 +359,6 @@ def _multi_tensor(
     weight_decay: float,
     found_inf: Tensor | None,
 ) -> None:
-    """Apply the update to all tensors at once, with one kernel launch per operation."""
     if found_inf is not None:
         lr, grads = _skip(found_inf, lr, grads, exp_avgs)
 
@@ -362,7 +381,7 @@ def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
     lr is passed as a tensor: a Python number would be a constant, and every new one a
     recompilation.
     """
-    _compiled(_multi_tensor)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
+    _compiled(_update_together)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
 
 
 def _skip(
@@ -420,9 +439,11 @@ def sampled_label_loss(logits: Tensor, uniforms: Tensor, reduction: str = "mean"
             do not depend on the micro-batch size or the number of ranks.
         reduction: "mean" over the labels, or "sum".
     """
+    # The log-probabilities come before the labels. In the other order the compiler does not compute
+    # them again in the backward pass, but stores them, twice the size of the logits in bfloat16.
+    log_probs = F.log_softmax(_at_least_fp32(logits).flatten(0, -2), dim=-1)
     labels = sample_labels(logits.detach(), uniforms).masked_fill(uniforms < 0, -1)
-    logits = _at_least_fp32(logits).flatten(0, -2)
-    return F.cross_entropy(logits, labels.flatten(), ignore_index=-1, reduction=reduction)
+    return F.nll_loss(log_probs, labels.flatten(), ignore_index=-1, reduction=reduction)
 
 
 @torch.no_grad()

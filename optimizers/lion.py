@@ -10,7 +10,7 @@ This file needs only torch; copy it into any project.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -132,16 +132,36 @@ def _single_tensor(
     found_inf: Tensor | None,
 ) -> None:
     """Apply the update tensor by tensor. The reference: the other paths are tested against it."""
-    if found_inf is not None:
-        lr, grads = skip_update(found_inf, lr, grads, exp_avgs)
-
     for theta, g, m in zip(params, grads, exp_avgs, strict=True):
-        theta.mul_(1 - lr * weight_decay)
-        theta.sub_(m.lerp(g, 1 - beta1).sign_().mul_(lr))
+        step_size = lr
+        if found_inf is not None:
+            step_size, (g,) = skip_update(found_inf, lr, [g], [m])
+
+        theta.mul_(1 - step_size * weight_decay)
+        theta.sub_(m.lerp(g, 1 - beta1).sign_().mul_(step_size))
         m.lerp_(g, 1 - beta2)
 
 
-def _multi_tensor(
+def _multi_tensor(*tensors: list[Tensor], **others: Any) -> None:
+    """Apply the update to many tensors at once, with one kernel launch per operation.
+
+    The temporaries are twice as large as the tensors, so not all tensors are updated at once.
+    """
+    for start, end in _pieces(tensors[0]):
+        _update_together(*(part[start:end] for part in tensors), **others)
+
+
+def _pieces(params: list[Tensor], entries: int = 2**26) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of consecutive parts of the list with about `entries` entries each."""
+    start, size = 0, 0
+    for end, p in enumerate(params, start=1):
+        size += p.numel()
+        if size >= entries or end == len(params):
+            yield start, end
+            start, size = end, 0
+
+
+def _update_together(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -152,7 +172,6 @@ def _multi_tensor(
     weight_decay: float,
     found_inf: Tensor | None,
 ) -> None:
-    """Apply the update to all tensors at once, with one kernel launch per operation."""
     if found_inf is not None:
         lr, grads = skip_update(found_inf, lr, grads, exp_avgs)
 
@@ -170,7 +189,7 @@ def _fused(*tensors: list[Tensor], lr: float | Tensor, **others: Any) -> None:
     lr is passed as a tensor: a Python number would be a constant, and every new one a
     recompilation.
     """
-    _compiled(_multi_tensor)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
+    _compiled(_update_together)(*tensors, lr=torch.as_tensor(lr, dtype=torch.float64), **others)
 
 
 def skip_update(

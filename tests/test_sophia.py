@@ -9,12 +9,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sophia
+from benchmarks.peak_memory import PeakMemory
 from model import GPT, summed_loss
 from optimizers.lion import Lion
 from sophia import (
@@ -110,6 +113,21 @@ def test_fast_paths_equal_the_reference(make: type, path: dict) -> None:
     for a, b in zip(reference, fast, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert not torch.equal(reference[0], make_parameters()[0])
+
+
+@pytest.mark.parametrize("make", [SophiaG, Lion])
+def test_temporaries_of_the_multi_tensor_path_are_bounded(make: type) -> None:
+    """Count them for 2 GB of parameters, on tensors without storage."""
+    with FakeTensorMode():
+        parameters = [torch.nn.Parameter(torch.empty(2**25)) for _ in range(16)]
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        optimizer = make(parameters, foreach=True)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()  # the first step allocates the state
+        with PeakMemory() as memory:
+            optimizer.step()
+    assert 0 < memory.peak < 1e9
 
 
 def test_fused_path_is_not_recompiled_for_a_new_lr(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,3 +502,25 @@ def test_misuse_is_reported() -> None:
         third = SophiaG([w], lr=0.1)
         third.update_hessian_from_grad(n_labels=1)
         third.step()
+
+
+def test_compiled_loss_of_sampled_labels_stores_nothing_larger_than_the_logits() -> None:
+    """The log-probabilities in fp32 would be twice as large as logits in bfloat16."""
+    stored = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        stored.append(tensor.nbytes)
+        return tensor
+
+    weight = torch.randn(1000, 32, requires_grad=True)
+
+    def loss(x: Tensor, uniforms: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return sampled_label_loss(F.linear(x, weight), uniforms, reduction="sum")
+
+    torch._dynamo.reset()
+    # The compiler's division into forward and backward, without the slow generation of code.
+    compiled = torch.compile(loss, backend="aot_eager_decomp_partition", dynamic=False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compiled(torch.randn(4, 16, 32), torch.rand(4, 16)).backward()
+    assert max(stored) == 2 * 64 * 1000
