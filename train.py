@@ -127,7 +127,10 @@ def prepare_and_train(ranks: Ranks) -> int:
         if ranks.rank == 0:
             print(f"{config.run_dir}: finished already, {start[0]} steps")
         return 0
-    return restore_and_train(build_run(config, ranks, device, tokens), found)
+    try:
+        return restore_and_train(build_run(config, ranks, device, tokens), found)
+    except torch.OutOfMemoryError as error:
+        raise UserError(plan.describe_out_of_memory(config, ranks, device)) from error
 
 
 def build_run(
@@ -147,7 +150,29 @@ def build_run(
     optimizer = make_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.dtype == "float16")
     micro = plan.hessian_micro_batch_size(config, ranks.world_size)
-    return Run(config, ranks, device, tokens, model, forward, parallel, optimizer, scaler, micro)
+    run = Run(config, ranks, device, tokens, model, forward, parallel, optimizer, scaler, micro)
+    if ranks.world_size > 1:
+        lay_out_gradients(run)
+    return run
+
+
+def lay_out_gradients(run: Run) -> None:
+    """Make two backward passes that are not used, after which DDP's memory stays as it is.
+
+    The gradients of DistributedDataParallel are views of its buckets. After the first backward pass
+    it allocates the buckets again, in the order in which the gradients arrived. Here there is room
+    for that, because the optimizer has no state yet. And a resumed run gets the buckets of the run
+    that it continues, and so adds up gradients in the same order.
+    """
+    config = run.config
+    size = (config.train.micro_batch_size, config.model.block_size)
+    tokens = torch.zeros(size, dtype=torch.int64, device=run.device)
+    for _ in range(2):
+        run.optimizer.zero_grad(set_to_none=True)  # frees the first buckets
+        micro_batch = (tokens, tokens.clone())  # twice the same tensor would be compiled apart
+        accumulate_gradient(run, summed_loss, iter([micro_batch]), run.ranks.world_size)
+    zero_gradient(run)
+    gc.collect()  # what is left of the first buckets
 
 
 def restore_and_train(run: Run, found: checkpoint.Found | None) -> int:
@@ -270,7 +295,7 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
         state.skip_if(optimizer, state.not_finite(loss + grad_norm))
     run.scaler.step(optimizer)
     run.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    zero_gradient(run)
 
     times.append(timestamp(run.device))
     return {"step": step + 1, "lr": lr, "loss": loss, "grad_norm": grad_norm, "times": times}
@@ -336,11 +361,18 @@ def accumulate_gradient(
         with autocast(run.config, run.device):
             n_labels = len(x) * run.config.model.labels_per_sequence
             loss = run.parallel(x, criterion, targets) / n_labels
-        run.scaler.scale(
-            loss / own
-        ).backward()  # the mean over own micro-batches; DDP averages ranks
+        # The mean over this rank's micro-batches; DDP averages over the ranks.
+        run.scaler.scale(loss / own).backward()
         losses.append(loss.detach())
     return torch.stack(losses).mean()
+
+
+def zero_gradient(run: Run) -> None:
+    """Drop the gradient, or under DDP set it to zero.
+
+    DDP's gradients are views of its buckets. Autograd would allocate new ones beside the buckets.
+    """
+    run.optimizer.zero_grad(set_to_none=not isinstance(run.parallel, DistributedDataParallel))
 
 
 def timestamp(device: torch.device) -> Any:
@@ -384,7 +416,7 @@ def update_by_gradient(run: Run, micro_batches: MicroBatches, step: int) -> None
     n_labels = size * config.model.labels_per_sequence
     found_inf = state.not_finite(n_labels * nn.utils.get_total_norm(grads).square())
     state.local_shard(run.optimizer).update_hessian_from_grad(n_labels, found_inf)
-    run.optimizer.zero_grad(set_to_none=True)
+    zero_gradient(run)
 
 
 def replace_targets_by_uniforms(run: Run, micro_batches: MicroBatches, step: int) -> MicroBatches:
@@ -569,6 +601,8 @@ def restore(run: Run, found: checkpoint.Found | None) -> Progress:
         state.load_state(run.optimizer, run.model, saved["optimizer"])
         run.scaler.load_state_dict(saved["scaler"])
         progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # RuntimeErrors that say nothing about the checkpoint
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a checkpoint of this run ({reason(error)})") from error
     saved.clear()  # free the loaded tensors, to which main() still holds a reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -10,27 +11,46 @@ from model import GPT, ModelConfig
 from runtime.config import Config
 
 FP32_BYTES = 4
+AUTOCAST_BYTES = 2  # per parameter, for 16-bit copies of the weights
 
 # A Hessian-vector product, forward over reverse, differentiates every matrix product of a
 # gradient, and the derivative of A B consists of two products, A' B + A B'.
 GRADIENTS_PER_HVP = 3
 
-# Bytes that the forward pass keeps for the backward pass, counted on autograd's saved tensors with
-# fused attention: per channel and token of a block, in fp32 and under a 16-bit autocast, and per
-# logit (fp32 log-probabilities, and twice as much for the gradient of the loss).
-BLOCK_BYTES_FP32, BLOCK_BYTES_16_BIT = 64, 36
-LOGIT_BYTES = 12
+
+class Bytes(NamedTuple):
+    """What is kept for the backward pass: bytes per channel and token of a block, and so on."""
+
+    block: int  # per channel and token of each block
+    stream: int  # per channel and token, once
+    logit: int
+    score: int = 0  # per attention score
+
+
+# At the peak of a step, under the keys (compiled, 16-bit autocast). Counted with torch's CUDA
+# build by tests/cuda_without_gpu. Eager code keeps the log-probabilities in fp32 and needs twice as
+# much for the gradient of the loss; compiled code computes them again from the logits.
+STEP_BYTES = {
+    (False, True): Bytes(block=36, stream=0, logit=12),
+    (False, False): Bytes(block=64, stream=0, logit=12),
+    (True, True): Bytes(block=36, stream=6, logit=2),
+    (True, False): Bytes(block=64, stream=12, logit=4),
+}
+# Compiled, per entry of the embedding: its gradient as the output head. With loss_chunk, the sum
+# over the chunks is in fp32, and so is the gradient of the last hidden states.
+HEAD_BYTES, CHUNKED_HEAD_BYTES, CHUNKED_STREAM_BYTES = 3, 7, 10
 
 # The same for a Hessian-vector product, which keeps every tensor together with its derivative, and
-# the T × T scores of every head because attention is not fused there. Counted in eager mode; a
-# compiled product took 0.46 of it on a CPU.
-HVP_BLOCK_BYTES_FP32, HVP_BLOCK_BYTES_16_BIT = 240, 144
-HVP_LOGIT_BYTES_FP32, HVP_LOGIT_BYTES_16_BIT = 20, 16
-HVP_SCORE_BYTES = 24
-COMPILED_HVP_DIVISOR = 2
-
-# Per parameter: the fp32 probe, product and estimate, minus the gradient that a training step has.
-PROBE_BYTES = 8
+# the T × T scores of every head because attention is not fused there.
+PRODUCT_BYTES = {
+    (False, True): Bytes(block=144, stream=0, logit=16, score=24),
+    (False, False): Bytes(block=240, stream=0, logit=20, score=24),
+    (True, True): Bytes(block=72, stream=0, logit=8, score=11),
+    (True, False): Bytes(block=120, stream=0, logit=14, score=11),
+}
+# Per parameter: the probe, the sum of the estimates, and one estimate, all in fp32. Eager code also
+# holds gradients, their derivatives and copies of the weights.
+COMPILED_PRODUCT_PARAMETER_BYTES, EAGER_PRODUCT_PARAMETER_BYTES = 12, 23
 
 SOAP_MAX_DIMENSION = 10_000  # pytorch-optimizer's default: larger sides get no preconditioner
 
@@ -66,24 +86,43 @@ def step_flops(config: Config) -> float:
     return sequences * config.model.block_size * flops_per_token(config.model)
 
 
-def activation_bytes(config: ModelConfig, dtype: str, sequences: int, loss_chunk: int = 0) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass (a rule of thumb)."""
-    tokens = sequences * config.block_size
-    block = BLOCK_BYTES_FP32 if dtype == "float32" else BLOCK_BYTES_16_BIT
-    logits = min(loss_chunk or tokens, tokens) * config.vocab_size
-    return tokens * block * config.n_layer * config.n_embd + LOGIT_BYTES * logits
+def activation_bytes(
+    config: ModelConfig, dtype: str, compiled: bool, sequences: int, loss_chunk: int = 0
+) -> int:
+    """Return the bytes that a micro-batch of a step needs besides weights, gradients and states."""
+    unit = STEP_BYTES[compiled, dtype != "float32"]
+    tokens, width = sequences * config.block_size, config.n_embd
+    chunk = min(loss_chunk or tokens, tokens)
+
+    stream, head = unit.stream, HEAD_BYTES if compiled else 0
+    if compiled and chunk < tokens:
+        stream, head = CHUNKED_STREAM_BYTES, CHUNKED_HEAD_BYTES
+    total = tokens * width * (unit.block * config.n_layer + stream)
+    return total + config.vocab_size * (unit.logit * chunk + head * width)
 
 
-def hvp_bytes(config: ModelConfig, dtype: str, compiled: bool) -> int:
-    """Return the bytes that a Hessian-vector product keeps per sequence (a rule of thumb)."""
-    channel, logit = HVP_BLOCK_BYTES_16_BIT, HVP_LOGIT_BYTES_16_BIT
-    if dtype != "bfloat16":  # the product is computed in fp32 under fp16 too
-        channel, logit = HVP_BLOCK_BYTES_FP32, HVP_LOGIT_BYTES_FP32
-
+def product_bytes(config: ModelConfig, dtype: str, compiled: bool) -> int:
+    """Return the bytes that a Hessian-vector product needs per sequence."""
+    unit = PRODUCT_BYTES[compiled, dtype == "bfloat16"]  # in fp32 under fp16 too
     T = config.block_size
-    block = HVP_SCORE_BYTES * config.n_head * T + channel * config.n_embd
-    total = T * (config.n_layer * block + logit * config.vocab_size)
-    return total // (COMPILED_HVP_DIVISOR if compiled else 1)
+    block = unit.block * config.n_embd + unit.score * config.n_head * T
+    return T * (config.n_layer * block + unit.logit * config.vocab_size)
+
+
+def product_parameter_bytes(config: Config, world_size: int) -> int:
+    """Return what Hessian-vector products need besides :func:`fixed_bytes`, whatever their size.
+
+    A single rank has no gradients at that time, several have DDP's buckets. fixed_bytes also counts
+    16-bit copies of the weights, which the product's own bytes include.
+    """
+    per_parameter = EAGER_PRODUCT_PARAMETER_BYTES
+    if config.train.compile:
+        per_parameter = COMPILED_PRODUCT_PARAMETER_BYTES
+    if world_size == 1:
+        per_parameter -= FP32_BYTES
+    if config.train.dtype != "float32":
+        per_parameter -= AUTOCAST_BYTES
+    return per_parameter * num_parameters(config.model)
 
 
 def state_size(config: Config) -> int:
@@ -110,7 +149,7 @@ def fixed_bytes(config: Config, world_size: int) -> int:
     """Return a rank's bytes for weights, gradients and optimizer state."""
     n = num_parameters(config.model)
     states = state_size(config) / (world_size if config.train.shard_optimizer else 1)
-    autocast_copies = 0 if config.train.dtype == "float32" else 2 * n
+    autocast_copies = 0 if config.train.dtype == "float32" else AUTOCAST_BYTES * n
     return int(FP32_BYTES * (2 * n + states)) + autocast_copies
 
 

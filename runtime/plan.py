@@ -7,13 +7,13 @@ import torch
 from runtime.cli import UserError, warn
 from runtime.config import Config
 from runtime.cost import (
-    PROBE_BYTES,
     activation_bytes,
     checkpoint_bytes,
     fixed_bytes,
     flops_per_token,
-    hvp_bytes,
     num_parameters,
+    product_bytes,
+    product_parameter_bytes,
 )
 from runtime.distributed import Ranks, describe_device, memory_of
 from runtime.run_folder import describe_commit
@@ -59,26 +59,31 @@ def hessian_micro_batch_size(config: Config, world_size: int) -> int:
     if most is None:
         most = config.train.micro_batch_size
         if config.optimizer.hessian_estimator == "hutchinson":
-            most = min(most, _sequences_that_fit(config))
+            most = min(most, _products_that_fit(config, world_size))
 
     share = config.hessian_batch_size // world_size
     sizes = range(1, max(min(most, share), 1) + 1)
     return max(size for size in sizes if share % size == 0)
 
 
-def _sequences_that_fit(config: Config) -> int:
+def _products_that_fit(config: Config, world_size: int) -> int:
     """Return how many sequences' Hessian-vector products need no more memory than a step."""
+    room = _step_bytes(config) - product_parameter_bytes(config, world_size)
+    return room // product_bytes(config.model, config.train.dtype, config.train.compile)
+
+
+def _step_bytes(config: Config) -> int:
     train = config.train
-    room = activation_bytes(config.model, train.dtype, train.micro_batch_size, train.loss_chunk)
-    room -= PROBE_BYTES * num_parameters(config.model)
-    return room // hvp_bytes(config.model, train.dtype, train.compile)
+    return activation_bytes(
+        config.model, train.dtype, train.compile, train.micro_batch_size, train.loss_chunk
+    )
 
 
 # ---- Memory --------------------------------------------------------------------------------------
 
 ROOM = 0.9  # the share of the memory that a suggested micro-batch may fill
-# Beyond this factor of the memory, a run cannot fit. The rules were counted in eager mode, where
-# they are within a third; a compiled run may need half.
+# Beyond this factor of the memory, a run cannot fit. On CUDA the rules are within a tenth of what
+# tests/cuda_without_gpu counts; on other devices they are a guess.
 BEYOND_DOUBT = 3.0
 
 
@@ -87,12 +92,13 @@ def memory_per_rank(config: Config, world_size: int) -> tuple[int, int]:
 
     The second is a step's, or a Hessian estimate's if that needs more.
     """
-    model, train = config.model, config.train
-    activations = activation_bytes(model, train.dtype, train.micro_batch_size, train.loss_chunk)
+    activations = _step_bytes(config)
     if config.optimizer.hessian_estimator == "hutchinson":
-        hessian_micro = hessian_micro_batch_size(config, world_size)
-        product = hessian_micro * hvp_bytes(model, train.dtype, train.compile)
-        activations = max(activations, PROBE_BYTES * num_parameters(model) + product)
+        sequences = hessian_micro_batch_size(config, world_size)
+        train = config.train
+        products = sequences * product_bytes(config.model, train.dtype, train.compile)
+        products += product_parameter_bytes(config, world_size)
+        activations = max(activations, products)
     return fixed_bytes(config, world_size), activations
 
 
@@ -107,21 +113,39 @@ def check_memory(config: Config, ranks: Ranks, device: torch.device) -> None:
     if available is None or needed <= available:
         return
 
-    smaller = _largest_that_fits(config, ranks.world_size, ROOM * available)
-    advice = "use a device with more memory or a smaller model"
-    if ranks.world_size > 1 and not config.train.shard_optimizer:
-        advice += ", or --train.shard_optimizer=true"
-    if not config.train.loss_chunk:
-        advice += ", or --train.loss_chunk=2048"
-    if smaller:
-        advice = f"use --train.micro_batch_size={smaller}, which gives the same losses"
     message = (
         f"train.micro_batch_size {config.train.micro_batch_size} needs about "
-        f"{_gigabytes(needed)} GB per rank, of {_gigabytes(available)} GB; {advice}"
+        f"{_gigabytes(needed)} GB per rank, of {_gigabytes(available)} GB; "
+        f"{_advise_less_memory(config, ranks.world_size, available)}"
     )
     if needed > BEYOND_DOUBT * available:
         raise UserError(message)
     warn(f"this may not fit: {message}")
+
+
+def describe_out_of_memory(config: Config, ranks: Ranks, device: torch.device) -> str:
+    """Return the message for a run whose device is full."""
+    available = memory_of(device) or 0
+    needed = sum(memory_per_rank(config, ranks.world_size))
+    return (
+        f"{device} is out of memory. The run needs about {_gigabytes(needed)} GB per rank, of "
+        f"{_gigabytes(available)} GB; "
+        f"{_advise_less_memory(config, ranks.world_size, min(available, needed))}, "
+        f"and --resume if there is a checkpoint. nvidia-smi shows what other processes use"
+    )
+
+
+def _advise_less_memory(config: Config, world_size: int, available: float) -> str:
+    smaller = _largest_that_fits(config, world_size, ROOM * available)
+    if smaller:
+        return f"use --train.micro_batch_size={smaller}, which gives the same losses"
+
+    advice = "use a device with more memory or a smaller model"
+    if world_size > 1 and not config.train.shard_optimizer:
+        advice += ", or --train.shard_optimizer=true"
+    if not config.train.loss_chunk:
+        advice += ", or --train.loss_chunk=2048"
+    return advice
 
 
 def _largest_that_fits(config: Config, world_size: int, available: float) -> int:

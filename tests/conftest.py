@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
 from model import GPT, ModelConfig
 from runtime import checkpoint
 from runtime.cli import run_main
+from runtime.distributed import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")
@@ -60,6 +62,14 @@ def run_train(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def first_of_two_ranks() -> Iterator[Ranks]:
+    """Make this process rank 0 of 2, whose process group has no second rank to wait for."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 2)
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

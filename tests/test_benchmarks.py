@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -99,13 +100,16 @@ def test_gpu_table_is_complete_with_a_simulated_gpu(
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**10)
+    # Two micro-batches, 2 and 4, for each competitor: 1 GB per sequence, and 6 GB besides.
+    peaks = itertools.cycle([8 * 10**9, 10 * 10**9])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
 
     data, device = bench.make_data(tmp_path), torch.device("cpu")
     rows = list(parts.gpu_trainer("125m", [2, 4], data, device))
 
     assert [row.part for row in rows] == ["trainer"] * 6 + ["memory"] * 6
     assert rows[0].ratio == 1
+    assert [row.value for row in rows[6:]] == [16, 32] * 3  # (0.95 × 24 - 6) / 1, and for 40 GB
     assert all(row.ratio is not None and row.ratio > 0 for row in rows)
 
 

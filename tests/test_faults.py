@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from runtime import checkpoint
 from runtime.cli import UserError
 from runtime.files import locked, whole_file
@@ -294,6 +295,29 @@ def test_checkpoints_of_other_runs_are_refused(
     newest.unlink()
     run_train(*resume)
     assert newest.exists()
+
+
+def test_full_gpu_does_not_blame_the_checkpoint(
+    trained: Path, experiment: Path, run_train: Runner, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def fill_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    (trained / "step_00000012.pt").unlink()  # a finished run does not resume
+    monkeypatch.setattr(train.state, "load_state", fill_memory)
+    error = refuse(run_train, capsys, experiment, "--run=adamw", "--resume")
+    assert "is out of memory" in error
+    assert "train.micro_batch_size=" in error
+    assert "checkpoint of this run" not in error
+    assert (trained / "step_00000010.pt").exists()
+
+    # A device that has failed is not a mistake of the user: the traceback stays.
+    def fail(*arguments: object) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error")
+
+    monkeypatch.setattr(train.state, "load_state", fail)
+    with pytest.raises(torch.AcceleratorError):
+        run_train(experiment, "--run=adamw", "--resume")
 
 
 class Payload:

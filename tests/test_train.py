@@ -58,6 +58,30 @@ def test_learning_rate_has_warmup_and_cosine_decay(experiment: Path) -> None:
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
+def test_gradients_of_several_ranks_stay_in_the_buckets(
+    experiment: Path, tiny_data: Path, first_of_two_ranks: distributed.Ranks
+) -> None:
+    """DDP keeps them only once, from the first step on, if they remain views of its buckets."""
+    overrides = {"train.micro_batch_size": "2"}
+    config = load_experiment(experiment, "sophia-g", overrides)
+    tokens: dict[str, np.ndarray] = {}
+    for split in ("train", "val"):
+        tokens[split] = np.memmap(tiny_data / f"{split}.bin", "<u2", "r")
+    run = train.build_run(config, first_of_two_ranks, torch.device("cpu"), tokens)
+
+    def addresses() -> list[int]:
+        return [p.grad.data_ptr() for p in run.model.parameters() if p.grad is not None]
+
+    laid_out = addresses()
+    assert len(laid_out) == len(list(run.model.parameters()))
+    gradient = run.model.ln_f.weight.grad
+    assert gradient is not None
+    assert gradient.untyped_storage().nbytes() > gradient.nbytes  # a view of a bucket
+    for step in range(3):
+        train.train_step(run, step)
+        assert addresses() == laid_out
+
+
 @pytest.mark.parametrize("run", OPTIMIZERS)
 def test_each_optimizer_learns(
     run: str, experiment: Path, run_train: Runner, tmp_path: Path
