@@ -254,7 +254,7 @@ def write_half_a_line(log: RunLog, records: list[dict[str, Any]]) -> None:
 
 
 KILL_POINTS: dict[str, Callable[[int], None]] = {
-    "in a step": before(train, "accumulate_gradient"),
+    "in a step": before(train, "get_batch"),
     "in a validation": before(batches, "validation_windows"),
     "in a checkpoint's bytes": before(checkpoint.torch, "save", write_half_a_checkpoint),
     "before a file gets its name": before(files.os, "replace"),
