@@ -225,23 +225,53 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.cuda.set_device(0)
 
-    rows = []
+    # Sizes that were counted at the same commit are not counted again.
+    code = describe_commit()
+    rows: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():
+        before = json.loads(arguments.json.read_text(encoding="utf-8"))
+        rows = before["rows"] if before["code"] == code else {}
     for size in arguments.sizes:
-        rows.append(count_size(size, sizes[size]))
-        print(json.dumps(rows[-1]), flush=True)
-    if arguments.json:
-        write_json(arguments.json, {"code": describe_commit(), "rows": rows})
+        if size not in rows:
+            rows[size] = count_size(size, sizes[size])
+            print(f"… {size}", file=sys.stderr, flush=True)
+        if arguments.json:
+            write_json(arguments.json, {"code": code, "rows": rows})
+    print_tables({size: rows[size] for size in arguments.sizes})
+
+
+def print_tables(rows: dict[str, Any]) -> None:
+    """Print what a training micro-batch takes, and the bounds for each GPU, as Markdown."""
+    print("| size | sequences | products | attention | products | activations | loss | weights |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for size, row in rows.items():
+        flops, moved = row["adamw flops"], row["adamw bytes"]
+        cells = [f"{(flops['blocks'] + flops['head']) / 1e12:.1f} TFLOP"]
+        cells.append(f"{row['attention flops'] / 1e12:.1f} TFLOP")
+        cells.append(f"{(moved['blocks'] + moved['head']) / 1e9:.0f} GB")
+        cells += [f"{moved[part] / 1e9:.1f} GB" for part in ("activations", "loss", "weights")]
+        print(f"| {size} | {row['micro_batch_size']} | {' | '.join(cells)} |")
+
+    print("\n| size | GPU | MFU | Gauss-Newton-Bartlett | Hutchinson | exchange |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for size, row in rows.items():
+        for gpu in GPUS:
+            bound, assumed = row[f"{gpu.name} bound"], row[f"{gpu.name} assumed"]
+            cells = []
+            for name in ("mfu", "gnb", "hutchinson", "exchange"):
+                cells.append(f"{bound[name]:.1%} ({assumed[name]:.1%})")
+            print(f"| {size} | {gpu.name} | {' | '.join(cells)} |")
 
 
 def count_size(size: str, micro: int) -> dict[str, Any]:
     """Return the counts of a size and the bounds that follow from them."""
     config = load_experiment(ROOT / f"configs/gpt2_{size}.toml", "adamw", {})
     model, n = config.model, num_parameters(config.model)
-    tokens, T = micro * model.block_size, model.block_size
+    T = model.block_size
     attention = 7 * micro * T**2 * model.n_embd * model.n_layer
     accumulated = 12 * n  # torch adds each gradient to the sum: two reads and a write
     per_rank = 480 // 8
-    result: dict[str, Any] = {"size": size, "micro_batch_size": micro}
+    result: dict[str, Any] = {"micro_batch_size": micro, "attention flops": attention}
     counts = {}
     for run_name in ("adamw", "reference", "sophia-g", "sophia-h"):
         sequences = 1 if run_name == "sophia-h" else micro
@@ -270,7 +300,6 @@ def count_size(size: str, micro: int) -> dict[str, Any]:
                 )
                 / step,
             }
-    result["tokens"] = tokens
     return result
 
 
