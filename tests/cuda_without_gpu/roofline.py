@@ -34,6 +34,7 @@ from torch._inductor.select_algorithm import extern_kernels
 import train
 from benchmarks.nanogpt_loop import make_reference_step
 from model import padding_rows
+from runtime import plan
 from runtime.cli import Parser
 from runtime.config import Config
 from runtime.cost import flops_per_token, num_parameters
@@ -75,8 +76,8 @@ def watch_triton(traffic: Traffic, config: Config) -> Iterator[None]:
                 largest = max(largest, value.numel())
 
         part = "weights"
-        if name.startswith("triton_for"):
-            part = "optimizer"
+        if name.startswith("triton_for") or "_lerp_" in name:
+            part = "optimizer"  # its step, or the average of the estimates
         elif largest >= tokens * config.model.vocab_size:
             part = "loss"
         elif largest >= tokens * config.model.n_embd:
@@ -115,10 +116,7 @@ def watch_products(traffic: Traffic, config: Config) -> Iterator[None]:
 
 
 def count_micro_batch(size: str, run_name: str, micro: int) -> Traffic:
-    """Return the traffic of a training micro-batch, or of a Hessian estimate's for Sophia.
-
-    The optimizer's own kernels are those of a whole step.
-    """
+    """Return the traffic of a training micro-batch, or of a Hessian estimate's for Sophia."""
     two, three = (count_layers(size, run_name, micro, layers) for layers in (2, 3))
     layers = load_experiment(ROOT / f"configs/gpt2_{size}.toml", "adamw", {}).model.n_layer
     total = Traffic()
@@ -273,11 +271,15 @@ def count_size(size: str, micro: int) -> dict[str, Any]:
     per_rank = 480 // 8
     result: dict[str, Any] = {"micro_batch_size": micro, "attention flops": attention}
     counts = {}
+    keys = {"train.micro_batch_size": str(micro), "train.device": "cuda"}
+    config = load_experiment(ROOT / f"configs/gpt2_{size}.toml", "sophia-h", keys)
+    product_size = plan.hessian_micro_batch_size(config, world_size=8)
     for run_name in ("adamw", "reference", "sophia-g", "sophia-h"):
-        sequences = 1 if run_name == "sophia-h" else micro
+        sequences = product_size if run_name == "sophia-h" else micro
         traffic = counts[run_name] = count_micro_batch(size, run_name, sequences)
         for name in ("flops", "bytes", "launches"):
             result[f"{run_name} {name}"] = dict(getattr(traffic, name))
+    result["product_size"] = product_size
 
     for gpu in GPUS:
         for label, shares in (("bound", (1, 1, 1)), ("assumed", (PRODUCTS, ATTENTION, MEMORY))):
@@ -287,13 +289,14 @@ def count_size(size: str, micro: int) -> dict[str, Any]:
             whole = step * per_rank / micro + update
             useful = flops_per_token(model) * per_rank * T
             gradient = seconds(gpu, counts["sophia-g"], attention, accumulated, shares)
-            average = 12 * n / memory
+            average = counts["sophia-g"].bytes["optimizer"] / memory
             estimate = gradient * per_rank / 2 / micro + average
             product = seconds(gpu, counts["sophia-h"], 0, 0, shares)
+            products = 32 // 8 / product_size * product + average
             result[f"{gpu.name} {label}"] = {
                 "mfu": useful / whole / gpu.flops,
                 "gnb": estimate / 10 / whole,
-                "hutchinson": (4 * product + average) / 10 / whole,
+                "hutchinson": products / 10 / whole,
                 "exchange": 2 * 7 / 8 * 4 * n / gpu.link / whole,
                 "tokens_per_second_to_reference": seconds(
                     gpu, counts["reference"], attention, accumulated, shares
