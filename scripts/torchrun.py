@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 
 # A node that is started again can rejoin only if torchrun does not share its store with the ranks.
 os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -27,15 +28,23 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 # What train.py has reported itself.
 REPORTED = {2} | {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
+# Ranks of several nodes that end for one reason do not end at the same moment. The node that keeps
+# torchrun's store stays this many seconds, because without it the others report only its loss.
+LEAVE_AFTER = 3
+
 
 def main() -> None:
     if os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR":
         os.environ.pop("TORCH_CPP_LOG_LEVEL")  # the ranks report as usual
     logging.disable()  # torchrun's own lines about each failure
+    arguments = run.parse_args(sys.argv[1:])
     try:
-        run.run(run.parse_args(sys.argv[1:]))
+        run.run(arguments)
     except ChildFailedError as error:
-        sys.exit(report(error))
+        status = report(error)
+        if not arguments.standalone:
+            time.sleep(LEAVE_AFTER)
+        sys.exit(status)
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except RendezvousError as error:

@@ -110,6 +110,18 @@ def test_error_of_one_node_ends_both_and_is_printed(experiment: Path, tmp_path: 
         assert message in line
 
 
+def test_node_whose_rank_ends_later_still_says_how_it_ended(tmp_path: Path) -> None:
+    """The first node keeps the store of both, and its rank ends first."""
+    script = tmp_path / "end.py"
+    script.write_text("import sys, time\ntime.sleep(float(sys.argv[1]))\nsys.exit(2)\n")
+    endpoint = f"127.0.0.1:{free_port()}"
+    first = start_node(endpoint, "--rdzv_conf=is_host=1", "--", script, 0)
+    second = start_node(endpoint, "--rdzv_conf=is_host=0", "--", script, 2)
+    for node in (first, second):
+        _, errors = node.communicate(timeout=60)
+        assert (node.returncode, errors) == (2, "")
+
+
 def test_bad_weights_to_start_from_end_both(experiment: Path, tmp_path: Path) -> None:
     """Only rank 0 reads them, while the other one waits for them."""
     same: list[object] = [experiment, "--run=lion", "--train.micro_batch_size=4"]
