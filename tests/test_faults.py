@@ -23,7 +23,7 @@ import train
 from runtime import checkpoint
 from runtime.cli import UserError
 from runtime.files import locked, whole_file
-from tests.conftest import OPTIMIZERS, ROOT, newest_state, read_lines
+from tests.conftest import ROOT, newest_state, read_lines
 from tests.test_train import TORCHRUN, Runner, refuse, torchrun
 
 TORTURE = [sys.executable, str(ROOT / "tests/torture.py")]
@@ -35,7 +35,15 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "sophia-g",
+        "sophia-h",
+        pytest.param("adamw", marks=pytest.mark.slow),
+        pytest.param("lion", marks=pytest.mark.slow),
+    ],
+)
 def test_random_kills_lose_nothing(optimizer: str) -> None:
     """Run a short form of tests/torture.py, which checks losses, lines, checkpoints and weights."""
     command = [*TORTURE, "--kills", "6", "--optimizers", optimizer]
@@ -77,8 +85,8 @@ def test_torchrun_restarts_a_killed_rank(
 @pytest.mark.parametrize(
     "run",
     [
-        "adamw",
         "sophia-g",
+        pytest.param("adamw", marks=pytest.mark.slow),
         pytest.param("lion", marks=pytest.mark.slow),
         pytest.param("sophia-h", marks=pytest.mark.slow),
     ],

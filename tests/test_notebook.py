@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_notebook_runs_to_its_end(
     experiment: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
