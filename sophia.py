@@ -471,11 +471,14 @@ def _sample_rows(logits: Tensor, u: Tensor, block: int = 256) -> Tensor:
     N, V = logits.shape
     peak = _at_least_fp32(logits.amax(-1, keepdim=True))
 
-    # Which block of 256 classes does u fall into, and where in it?
-    n_blocks = -(-V // block)
-    padded = F.pad(logits, (0, n_blocks * block - V), value=-torch.inf).view(N, n_blocks, block)
-    weights = (_at_least_fp32(padded) - peak.unsqueeze(-1)).exp()
-    cumulative = weights.sum(-1).cumsum(-1)  # (N, n_blocks)
+    # Which block of 256 classes does u fall into, and where in it? The last block may be shorter;
+    # padding it would store another copy of the logits.
+    whole = V // block * block
+    parts = []
+    for part in (logits[:, :whole].view(N, whole // block, block), logits[:, whole:].unsqueeze(1)):
+        if part.numel():
+            parts.append((_at_least_fp32(part) - peak.unsqueeze(-1)).exp().sum(-1))
+    cumulative = torch.cat(parts, dim=-1).cumsum(-1)  # (N, number of blocks)
     chosen, u = _invert(cumulative, u.to(cumulative.dtype).unsqueeze(-1))
 
     # Which class of that block?

@@ -77,25 +77,25 @@ def cases() -> Iterator[Case]:
     for size in SIZES:
         for run in OPTIMIZERS:
             for ranks in (1, 8):
-                yield Case("eager", size, run, ranks, keys=eager | two_micro_batches(size, ranks))
+                yield Case("eager", size, run, ranks, keys=eager | small_batch(size, run, ranks))
     for dtype in ("float32", "float16"):
         for run in OPTIMIZERS:
-            keys = eager | two_micro_batches("125m", 1) | {"train.dtype": dtype}
+            keys = eager | small_batch("125m", run, 1) | {"train.dtype": dtype}
             yield Case("eager", "125m", run, keys=keys)
     for key, value in (("train.loss_chunk", "8192"), ("train.shard_optimizer", "true")):
         for run in ("adamw", "sophia-g"):
-            keys = eager | two_micro_batches("770m", 8) | {key: value}
+            keys = eager | small_batch("770m", run, 8) | {key: value}
             yield Case("eager", "770m", run, 8, keys=keys)
 
     for capability in (80, 86, 90):
         for run in OPTIMIZERS:
-            keys = two_micro_batches("125m", 1)
+            keys = small_batch("125m", run, 1)
             yield Case("compiled", "125m", run, capability=capability, keys=keys)
     for dtype in ("float32", "float16"):
-        keys = two_micro_batches("125m", 1) | {"train.dtype": dtype}
+        keys = small_batch("125m", "sophia-g", 1) | {"train.dtype": dtype}
         yield Case("compiled", "125m", "sophia-g", keys=keys)
     for key, value in (("train.loss_chunk", "8192"), ("train.shard_optimizer", "true")):
-        keys = two_micro_batches("125m", 8) | {key: value}
+        keys = small_batch("125m", "sophia-g", 8) | {key: value}
         yield Case("compiled", "125m", "sophia-g", 8, keys=keys)
 
     # Sophia-G needs no more memory than AdamW and no less than Lion. Sophia-H's products are
@@ -108,13 +108,20 @@ def cases() -> Iterator[Case]:
                 yield Case("card", size, "sophia-h", 8, card=card, keys=keys)
 
 
-def two_micro_batches(size: str, ranks: int) -> dict[str, str]:
-    """Return keys for steps of two micro-batches, of the size that the experiment's file names."""
+def small_batch(size: str, run: str, ranks: int) -> dict[str, str]:
+    """Return keys for steps of two micro-batches, and estimates of one.
+
+    The micro-batch is the one that the experiment's file names.
+    """
     text = (ROOT / f"configs/gpt2_{size}.toml").read_text(encoding="utf-8")
     found = re.search(r"^micro_batch_size = (\d+)", text, re.MULTILINE)
     assert found is not None
-    micro = int(found[1])
-    return {"train.batch_size": str(2 * micro * ranks)}
+    sequences = int(found[1]) * ranks
+    keys = {"train.batch_size": str(2 * sequences)}
+    if run.startswith("sophia"):
+        estimated = min(sequences, 32) if run == "sophia-h" else sequences
+        keys["optimizer.hessian_batch_size"] = str(estimated)
+    return keys
 
 
 def promises(size: str) -> list[tuple[int, int]]:
