@@ -26,7 +26,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         ([], "plain.py", [], r"step 200  loss (\S+)", 3.0),  # ln 256 is 5.5
         ([], "vision.py", [], r"Sophia-H  errors (\S+)%", 15.0),  # chance: 90
         ([], "huggingface_trainer.py", ["--steps=30"], r"^loss (\S+)", 5.2),
-        (TORCHRUN, "huggingface_trainer.py", ["--steps=30", "--bf16"], r"^loss (\S+)", 5.2),
+        pytest.param(
+            *(TORCHRUN, "huggingface_trainer.py", ["--steps=30", "--bf16"], r"^loss (\S+)", 5.2),
+            marks=pytest.mark.slow,
+        ),
         ([], "lightning_module.py", [], r"loss (\S+)", 0.5),  # ln 4 is 1.39
         (TORCHRUN, "fsdp2.py", [], r"step 60  loss (\S+)", 4.0),
     ],

@@ -250,7 +250,8 @@ def random_export(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluate_equals_calling_the_harness_directly(
     random_export: Path, task: Path, tmp_path: Path, ranks: int
 ) -> None:
