@@ -159,20 +159,21 @@ def build_run(
 def lay_out_gradients(run: Run) -> None:
     """Make two backward passes that are not used, after which DDP's memory stays as it is.
 
-    The gradients of DistributedDataParallel are views of its buckets. After the first backward pass
-    it allocates the buckets again, in the order in which the gradients arrived. Here there is room
-    for that, because the optimizer has no state yet. And a resumed run gets the buckets of the run
-    that it continues, and so adds up gradients in the same order.
+    The gradients of DistributedDataParallel are views of its buckets. Before the second backward
+    pass it allocates the buckets again, in the order in which the gradients arrived. The first ones
+    can be freed here, because nothing needs the gradients yet. And a resumed run gets the buckets
+    of the run that it continues, and so adds up gradients in the same order.
     """
     config = run.config
     size = (config.train.micro_batch_size, config.model.block_size)
     tokens = torch.zeros(size, dtype=torch.int64, device=run.device)
     for _ in range(2):
-        run.optimizer.zero_grad(set_to_none=True)  # frees the first buckets
-        micro_batch = (tokens, tokens.clone())  # twice the same tensor would be compiled apart
+        run.optimizer.zero_grad(set_to_none=True)
+        gc.collect()  # frees the first buckets, which reference cycles keep
+        # One tensor passed as both inputs would be compiled as a separate graph.
+        micro_batch = (tokens, tokens.clone())
         accumulate_gradient(run, summed_loss, iter([micro_batch]), run.ranks.world_size)
     zero_gradient(run)
-    gc.collect()  # what is left of the first buckets
 
 
 def restore_and_train(run: Run, found: checkpoint.Found | None) -> int:

@@ -199,7 +199,9 @@ def skip_update(
 
     The lr is then 0, and the momentum is averaged with itself.
     """
-    lr = lr * (1 - found_inf.to(grads[0].dtype))
+    # Types of a group may be mixed: in that of a bfloat16 gradient, the lr would be rounded.
+    is_double = any(g.dtype == torch.float64 for g in grads)
+    lr = lr * (1 - found_inf.to(torch.float64 if is_double else torch.float32))
     skip = found_inf.bool()
     return lr, [torch.where(skip, m, g) for g, m in zip(grads, exp_avgs, strict=True)]
 

@@ -125,34 +125,41 @@ def product_parameter_bytes(config: Config, world_size: int) -> int:
     return per_parameter * num_parameters(config.model)
 
 
-def state_size(config: Config) -> int:
-    """Return how many numbers the optimizer keeps for the whole model."""
+def state_sizes(config: Config) -> list[int]:
+    """Return how many numbers the optimizer keeps for each parameter tensor."""
     with torch.device("meta"):
         model = GPT(config.model)
 
-    size = 0
+    sizes = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2
         decays = is_matrix and "blocks" in name
         momentum_only = config.optimizer.name == "lion" or (
             config.optimizer.name == "muon" and decays
         )
-        size += parameter.numel() * (1 if momentum_only else 2)
+        size = parameter.numel() * (1 if momentum_only else 2)
         if config.optimizer.name == "soap" and is_matrix:
             # A preconditioner and its eigenbasis for each side.
             sides = [side for side in parameter.shape if side <= SOAP_MAX_DIMENSION]
             size += sum(2 * side**2 for side in sides)
-    return size
+        sizes.append(size)
+    return sizes
 
 
 def fixed_bytes(config: Config, world_size: int) -> int:
-    """Return a rank's bytes for weights, gradients and optimizer state."""
+    """Return a rank's bytes for weights, gradients and optimizer state.
+
+    ZeroRedundancyOptimizer divides the state by tensors, the largest first. So the rank that has
+    the embedding keeps all of its state.
+    """
     n = num_parameters(config.model)
-    states = state_size(config) / (world_size if config.train.shard_optimizer else 1)
+    states = sum(state_sizes(config))
+    if config.train.shard_optimizer:
+        states = max(states // world_size, *state_sizes(config))
     autocast_copies = 0 if config.train.dtype == "float32" else AUTOCAST_BYTES * n
-    return int(FP32_BYTES * (2 * n + states)) + autocast_copies
+    return FP32_BYTES * (2 * n + states) + autocast_copies
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of a checkpoint file."""
-    return FP32_BYTES * (num_parameters(config.model) + state_size(config))
+    return FP32_BYTES * (num_parameters(config.model) + sum(state_sizes(config)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from runtime.cli import UserError, warn
@@ -16,6 +18,7 @@ from runtime.cost import (
     product_parameter_bytes,
 )
 from runtime.distributed import Ranks, describe_device, memory_of
+from runtime.experiment import as_text
 from runtime.run_folder import describe_commit
 
 
@@ -125,38 +128,41 @@ def check_memory(config: Config, ranks: Ranks, device: torch.device) -> None:
 
 def describe_out_of_memory(config: Config, ranks: Ranks, device: torch.device) -> str:
     """Return the message for a run whose device is full."""
-    available = memory_of(device) or 0
     needed = sum(memory_per_rank(config, ranks.world_size))
-    return (
-        f"{device} is out of memory. The run needs about {_gigabytes(needed)} GB per rank, of "
-        f"{_gigabytes(available)} GB; "
-        f"{_advise_less_memory(config, ranks.world_size, min(available, needed))}, "
-        f"and --resume if there is a checkpoint. nvidia-smi shows what other processes use"
+    available = memory_of(device) or needed
+    there_is = f", of {_gigabytes(available)} GB" if memory_of(device) else ""
+    message = (
+        f"{device} is out of memory. The run needs about {_gigabytes(needed)} GB per rank"
+        f"{there_is}; {_advise_less_memory(config, ranks.world_size, min(available, needed))}, "
+        f"and --resume if there is a checkpoint"
     )
+    if device.type == "cuda":
+        message += ". nvidia-smi shows what other processes use"
+    return message
 
 
 def _advise_less_memory(config: Config, world_size: int, available: float) -> str:
-    smaller = _largest_that_fits(config, world_size, ROOM * available)
-    if smaller:
-        return f"use --train.micro_batch_size={smaller}, which gives the same losses"
+    """Return what to change so that a run fits, by the rules, with some room."""
+
+    def fits(key: str, value: Any) -> bool:
+        section, _, name = key.partition(".")
+        changed = getattr(config, section).model_copy(update={name: value})
+        smaller = config.model_copy(update={section: changed})
+        return sum(memory_per_rank(smaller, world_size)) <= ROOM * available
+
+    for micro in range(config.train.micro_batch_size - 1, 0, -1):
+        divides = config.train.batch_size % (micro * world_size) == 0
+        if divides and fits("train.micro_batch_size", micro):
+            return f"use --train.micro_batch_size={micro}, which gives the same losses"
 
     advice = "use a device with more memory or a smaller model"
-    if world_size > 1 and not config.train.shard_optimizer:
-        advice += ", or --train.shard_optimizer=true"
-    if not config.train.loss_chunk:
-        advice += ", or --train.loss_chunk=2048"
+    options: dict[str, Any] = {"train.shard_optimizer": True, "train.loss_chunk": 2048}
+    if config.optimizer.hessian_estimator == "hutchinson":
+        options["optimizer.hessian_micro_batch_size"] = 1
+    for key, value in options.items():
+        if fits(key, value):
+            advice += f", or --{key}={as_text(value)}"
     return advice
-
-
-def _largest_that_fits(config: Config, world_size: int, available: float) -> int:
-    """Return the largest micro-batch that divides the batch and fits, or 0."""
-    for micro in range(config.train.micro_batch_size - 1, 0, -1):
-        if config.train.batch_size % (micro * world_size) == 0:
-            train = config.train.model_copy(update={"micro_batch_size": micro})
-            smaller = config.model_copy(update={"train": train})
-            if sum(memory_per_rank(smaller, world_size)) <= available:
-                return micro
-    return 0
 
 
 def _gigabytes(size: float) -> str:

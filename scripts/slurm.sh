@@ -3,7 +3,7 @@
 # continues. If a rank dies, all ranks restart from the last checkpoint, three times per job.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=32 scripts/slurm.sh \
-#       configs/gpt2_770m.toml --run=sophia-g
+#       configs/gpt2_770m.toml --run=sophia-g --train.micro_batch_size=10
 #
 # Pass partition, account and the like to sbatch. A node has one rank per GPU; without
 # --gpus-per-node, it has one rank that uses all CPUs of its task, or RANKS_PER_NODE ranks.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,7 +15,7 @@ from runtime import plan
 from runtime.cli import UserError
 from runtime.cost import activation_bytes, product_bytes
 from runtime.distributed import Ranks
-from runtime.experiment import load_experiment
+from runtime.experiment import as_text, load_experiment
 from runtime.plan import hessian_micro_batch_size
 from tests.conftest import ROOT
 from train import hutchinson_micro_batch, summed_sampled_loss
@@ -48,6 +51,29 @@ def test_memory_rules_hold_for_each_additional_sequence(dtype: str) -> None:
 
     product = peak_bytes("hvp", 2, dtype) - peak_bytes("hvp", 1, dtype)
     assert product == pytest.approx(product_bytes(SHAPE, dtype, compiled=False), rel=0.1)
+
+
+@pytest.mark.parametrize("size", ["30m", "125m", "355m", "540m", "770m", "1.5b"])
+@pytest.mark.parametrize("run", ["adamw", "lion", "sophia-g", "sophia-h"])
+def test_batches_of_the_experiments_divide_among_up_to_8_ranks(size: str, run: str) -> None:
+    config = load_experiment(ROOT / f"configs/gpt2_{size}.toml", run)
+    for ranks in (1, 2, 4, 8):
+        plan.check_divisible(config, ranks)
+
+
+def test_documented_commands_for_several_nodes_are_accepted() -> None:
+    """Check the division of the batch in every command that starts ranks on two nodes of 8 GPUs."""
+    found = 0
+    for path in (ROOT / "docs/multi_node.md", ROOT / "scripts/slurm.sh"):
+        text = re.sub(r"\\\n#?\s*", "", path.read_text(encoding="utf-8"))  # join continued lines
+        for line in re.findall(r"^.*--n?nodes=2 .*$", text, re.MULTILINE):
+            experiment = re.findall(r"configs/\S+", line)[0]
+            options = dict(re.findall(r"--((?:train|optimizer)\.\w+)=(\S+)", line))
+            run = re.findall(r"--run=(\S+)", line)[0]
+            assert re.search(r"--(nproc_per_node|gpus-per-node)=8", line)
+            plan.check_divisible(load_experiment(ROOT / experiment, run, options), 16)
+            found += 1
+    assert found == 3
 
 
 def test_estimates_need_no_more_memory_than_the_step() -> None:
@@ -105,7 +131,52 @@ def test_run_that_cannot_fit_is_refused_with_the_largest_that_does(
 
     # Not even a single sequence.
     monkeypatch.setattr(plan, "memory_of", lambda device: 10**9)
-    assert "use a device with more memory" in check(60)
+    assert "use a device with more memory or a smaller model" in check(60)
+    assert "or --" not in check(60)
+
+
+@pytest.mark.parametrize(
+    ("run", "ranks", "key", "value"),
+    [
+        ("adamw", 8, "train.shard_optimizer", "true"),
+        ("adamw", 1, "train.loss_chunk", "2048"),
+        ("sophia-h", 1, "optimizer.hessian_micro_batch_size", "1"),
+    ],
+)
+def test_options_are_advised_if_they_make_the_run_fit(
+    run: str, ranks: int, key: str, value: str
+) -> None:
+    """Give a run of 355M with one sequence the memory that it needs with one option."""
+    keys = {"train.micro_batch_size": "1"}
+    if run == "sophia-h":
+        keys["optimizer.hessian_micro_batch_size"] = "4"
+    path = ROOT / "configs/gpt2_355m.toml"
+    config = load_experiment(path, run, keys)
+    needed = sum(plan.memory_per_rank(load_experiment(path, run, keys | {key: value}), ranks))
+
+    advice = plan._advise_less_memory(config, ranks, needed / plan.ROOM + 1)
+    assert advice.endswith(f", or --{key}={value}")
+    assert "or --" not in plan._advise_less_memory(config, ranks, 0.99 * needed / plan.ROOM)
+
+
+def test_memory_rules_agree_with_the_counts_of_cuda_code() -> None:
+    """Compare the rules with the peaks that tests/cuda_without_gpu/check.py has counted."""
+    counted = json.loads((ROOT / "docs/performance/cuda_counted.json").read_text())
+    for row in counted["rows"]:
+        ranks = row["ranks"]
+        keys = {key: row[key] for key in ("dtype", "compile", "micro_batch_size", "loss_chunk")}
+        keys["shard_optimizer"] = row["shard_optimizer"]
+        keys["batch_size"] = row["micro_batch_size"] * row["micro_batches"] * ranks
+        text = {f"train.{key}": as_text(value) for key, value in keys.items()}
+        if row["hessian_micro_batch_size"]:
+            sequences = row["hessian_micro_batch_size"]
+            text["optimizer.hessian_micro_batch_size"] = str(sequences)
+            text["optimizer.hessian_batch_size"] = str(sequences * ranks)
+
+        path = ROOT / f"configs/gpt2_{row['size']}.toml"
+        config = load_experiment(path, row["run"], text)
+        peak = max(row["build_peak"], row["step_peak"], row["estimate_peak"])
+        assert sum(plan.memory_per_rank(config, ranks)) == pytest.approx(peak, rel=0.1), row
 
 
 def test_table_has_what_a_reader_asks_first(capsys) -> None:

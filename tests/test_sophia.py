@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -113,6 +114,38 @@ def test_fast_paths_equal_the_reference(make: type, path: dict) -> None:
     for a, b in zip(reference, fast, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert not torch.equal(reference[0], make_parameters()[0])
+
+
+@pytest.mark.parametrize("make", [SophiaG, Lion])
+def test_multi_tensor_path_in_pieces_equals_the_reference(
+    make: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Update the first parameter, with 150 entries, and then the two others together."""
+    module = sys.modules[make.__module__]
+    monkeypatch.setattr(module, "_pieces", functools.partial(module._pieces, entries=100))
+    reference = follow(make, 100, torch.float32, foreach=False)
+    in_pieces = follow(make, 100, torch.float32, foreach=True)
+    for a, b in zip(reference, in_pieces, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("make", [SophiaG, Lion])
+def test_mixed_types_with_found_inf_use_the_same_lr(make: type, path: dict) -> None:
+    """A bfloat16 parameter comes first: the lr of the others must not be rounded to its type."""
+
+    def step(*types: torch.dtype) -> torch.Tensor:
+        parameters = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in types]
+        optimizer = make(parameters, lr=0.0123, weight_decay=0.1, **path)
+        optimizer.found_inf = torch.zeros(())
+        for p in parameters:
+            p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+        return parameters[-1].detach()
+
+    alone = step(torch.float32)
+    assert torch.equal(step(torch.bfloat16, torch.float32), alone)
+    assert alone[0] == pytest.approx((1 - 0.0123 * 0.1) - 0.0123, rel=1e-6)
 
 
 @pytest.mark.parametrize("make", [SophiaG, Lion])

@@ -11,6 +11,7 @@ core. Prints a line per case and a table; exits with 1 if a check fails.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import torch
 
 from runtime.cli import Parser, number, run_main
 from runtime.files import write_json
@@ -169,16 +171,18 @@ def count(case: Case, folder: Path) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
+@functools.cache
 def code_digest() -> str:
-    """Return a digest of the code and configs that a step depends on, and of this check's."""
-    digest = hashlib.sha256()
+    """Return a digest of all that the counts depend on, except for the case."""
+    digest = hashlib.sha256(f"{torch.__version__} {USABLE}".encode())
     for name in CODE:
         path = ROOT / name
         files = [path] if path.is_file() else sorted(path.glob("**/*.*"))
         for file in files:
             if file.suffix in (".py", ".toml"):
                 digest.update(file.read_bytes())
-    digest.update((HERE / "count_steps.py").read_bytes())
+    for file in (HERE / "count_steps.py", HERE / "stand_in.py", *sorted(HERE.glob("stand_in/*"))):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -195,8 +199,7 @@ def failures(case: Case, counted: dict[str, Any]) -> Iterator[str]:
 
     for name, step in (("step", plain), ("step with estimate", with_estimate)):
         waits = sum(step["waits"].values())
-        in_ddp = case.ranks > 1 and name == "step with estimate"  # DDP times its first ten steps
-        if waits and not float16 and not in_ddp:
+        if waits and not float16:
             yield f"a {name} waits for the device: {step['waits']}"
 
     if steps[-1]["graphs"] != steps[1]["graphs"]:
@@ -221,17 +224,22 @@ def failures(case: Case, counted: dict[str, Any]) -> Iterator[str]:
 
 
 def most_launches(case: Case, counted: dict[str, Any]) -> int:
-    """Return a bound on the launches of a step: per layer and micro-batch, and for the rest."""
-    per_layer, rest = (45, 100) if counted["compile"] else (75, 150)
+    """Return a bound on the launches of a step.
+
+    It has launches per layer and micro-batch, per micro-batch, and per layer. It is 3 to 45 % above
+    what was counted in bfloat16 at commit 3b4f549.
+    """
+    both, per_micro_batch, per_layer = (46, 40, 20) if counted["compile"] else (45, 90, 40)
     layers = counted["layers"]
     if counted["loss_chunk"]:
-        rest += 60 * counted["micro_batch_size"] * 1024 // counted["loss_chunk"]
-    return counted["micro_batches"] * (layers * per_layer + rest) + 60 * layers
+        per_micro_batch += 30 * counted["micro_batch_size"] * 1024 // counted["loss_chunk"]
+    return counted["micro_batches"] * (layers * both + per_micro_batch) + per_layer * layers
 
 
 def peak_bytes(counted: dict[str, Any]) -> int:
-    """Return the peak memory of all steps and estimates."""
-    return max(max(step["peak"], step["estimate_peak"]) for step in counted["steps"])
+    """Return the peak memory of the start, the steps and the estimates."""
+    peaks = [max(step["peak"], step["estimate_peak"]) for step in counted["steps"]]
+    return max(counted["build_peak"], *peaks)
 
 
 # ---- The whole trainer ---------------------------------------------------------------------------
@@ -335,6 +343,7 @@ def summary(case: Case, counted: dict[str, Any]) -> dict[str, Any]:
     result |= {key: counted[key] for key in (*keys, "loss_chunk", "shard_optimizer")}
     result |= {key: plain[key] for key in ("kernels", "triton", "gemms", "all_reduced_bytes")}
     result["graphs"] = plain["graphs"]
+    result["build_peak"] = counted["build_peak"]
     result["step_peak"] = max(step["peak"] for step in counted["steps"])
     result["estimate_peak"] = max(step["estimate_peak"] for step in counted["steps"])
     result["reserved"] = max(step["reserved"] for step in counted["steps"])

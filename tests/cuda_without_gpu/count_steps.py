@@ -32,8 +32,8 @@ from runtime.distributed import Ranks
 from runtime.experiment import load_experiment
 from tests.cuda_without_gpu.stand_in import StandIn
 
-# Steps 1 to 10 of DistributedDataParallel wait for events: it measures itself in its first ten
-# iterations.
+# Two steps with an estimate, of which the second can be compared with the plain steps around it.
+# DistributedDataParallel times its first ten iterations, and the first eight steps wait for that.
 STEPS = 13
 
 

@@ -240,7 +240,7 @@ def main() -> None:
 
 def print_tables(rows: dict[str, Any]) -> None:
     """Print what a training micro-batch takes, and the bounds for each GPU, as Markdown."""
-    print("| size | sequences | products | attention | products | activations | loss | weights |")
+    print("| size | batch | products | attention | product bytes | activations | loss | weights |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for size, row in rows.items():
         flops, moved = row["adamw flops"], row["adamw bytes"]

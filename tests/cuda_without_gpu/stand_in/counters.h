@@ -1,4 +1,4 @@
-// What the stand-in counts. measure.py reads the counters by these names.
+// What the stand-in counts. ../stand_in.py reads the counters by these names.
 #pragma once
 
 enum counter {
