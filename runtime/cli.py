@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class SharedError(UserError):
-    """A UserError that every rank raises, so that rank 0 reports it for all of them."""
+    """A UserError that every rank raises, after rank 0 has printed it for all of them."""
 
 
 def reason(error: BaseException) -> str:
@@ -41,11 +41,10 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("DEBUG") == "1":
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        if rank == "0":
-            print(f"error: {describe(error)}", file=sys.stderr)
-        elif not isinstance(error, SharedError):
-            print(f"error: rank {rank}: {describe(error)}", file=sys.stderr)
+        if not isinstance(error, SharedError):
+            rank = os.environ.get("RANK", "0")
+            where = f"rank {rank}: " if rank != "0" else ""
+            print(f"error: {where}{describe(error)}", file=sys.stderr)
         if os.environ.get("WORLD_SIZE", "1") != "1":  # as in distributed.exit_process
             sys.stdout.flush()
             sys.stderr.flush()

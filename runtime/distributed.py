@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -243,7 +243,18 @@ def errors_on_all_ranks() -> Iterator[None]:
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, describe(own) if own else None)
     rank = next(rank for rank, message in enumerate(messages) if message is not None)
-    raise SharedError(f"rank {rank}: {messages[rank]}" if rank else messages[0]) from own
+    _raise_on_all_ranks(f"rank {rank}: {messages[rank]}" if rank else str(messages[0]), own)
+
+
+def _raise_on_all_ranks(message: str, cause: Exception | None = None) -> NoReturn:
+    """Print an error on rank 0, then raise it on all ranks.
+
+    The others wait until it is printed, because torchrun ends all ranks once one of them has ended.
+    """
+    if dist.get_rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    barrier()
+    raise SharedError(message) from cause
 
 
 def check_same_on_all_ranks(
@@ -277,7 +288,7 @@ def check_same_on_all_ranks(
             expected = first_facts.get(name)
             is_known = name != "commit" or None not in (value, expected)
             if value != expected and is_known:
-                raise SharedError(
+                _raise_on_all_ranks(
                     f"rank {rank} on {host} has {name} = {value!r}, rank 0 on {first_host} has "
                     f"{expected!r}; all nodes need the same command, code, versions and data, and "
                     f"train.out_dir on storage that they share"
