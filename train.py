@@ -104,15 +104,15 @@ def prepare_and_train(ranks: Ranks) -> int:
     with distributed.errors_on_all_ranks():
         config, flags = parse_command_line(sys.argv[1:])
         device = distributed.find_device(config.train)
-        distributed.check_device(config.train, device)
         plan.check_divisible(config, ranks.world_size)
     if distributed.max_over_ranks(flags.dry_run):
         if ranks.rank == 0:
+            config = distributed.resolve_number_format(config, device)
+            distributed.check_device(config.train, device)
             plan.print_plan(config, ranks, device, start="nothing is trained (--dry-run)")
         return 0
 
     with distributed.errors_on_all_ranks():
-        plan.check_memory(config, ranks, device)
         trackers.check_installed(config)
         folder, model = config.data_folder, config.model
         tokens = {}
@@ -121,6 +121,11 @@ def prepare_and_train(ranks: Ranks) -> int:
         digests = fingerprints(tokens)
     found = checkpoint.find_on_all_ranks(config, flags.resume, digests)
 
+    with distributed.errors_on_all_ranks():
+        stored = found[1]["config"] if found else None
+        config = distributed.resolve_number_format(config, device, stored)
+        distributed.check_device(config.train, device)
+        plan.check_memory(config, ranks, device)
     start = (found[1]["step"], found[1]["validated_step"]) if found else (0, -1)
     distributed.check_same_on_all_ranks(config, device, digests, start)
     if start[1] == config.train.max_steps:

@@ -180,11 +180,14 @@ def find_on_all_ranks(config: Config, resume: bool, fingerprints: dict[str, str]
 
 
 def check_same_config(config: Config, stored: dict[str, Any]) -> None:
-    """Refuse a config that differs from a stored one in any key but those of FREE_KEYS."""
+    """Refuse a config that differs from a stored one in any key but those of FREE_KEYS.
+
+    "auto" is whatever the run was started with.
+    """
     current = config.model_dump()
     for key in KEYS:
         before, now = value_of(stored, key), value_of(current, key)
-        if key not in FREE_KEYS and before != now:
+        if key not in FREE_KEYS and now not in (before, "auto"):
             raise UserError(
                 f"{config.run_dir}: was started with {key} = {before!r}, now it is {now!r}; "
                 f"set it back, or choose another --train.out_dir"

@@ -62,10 +62,14 @@ class TrainConfig(Section):
     grad_clip: float = Field(
         1.0, ge=0, description="clip the global norm of the gradient to this; 0: off"
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="autocast type; weights stay fp32"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "bfloat16",
+        description="autocast type; weights stay fp32. auto: what is fast on this device",
     )
-    compile: bool = Field(True, description="torch.compile the model, estimator and optimizer step")
+    compile: bool | Literal["auto"] = Field(
+        True,
+        description="torch.compile the model, estimator and optimizer step. auto: if it saves time",
+    )
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "auto", description="auto: CUDA if available, else MPS, else CPU"
     )

@@ -20,9 +20,16 @@ import torch.distributed as dist
 
 from runtime.cli import SharedError, UserError, describe, reason, warn
 from runtime.config import KEYS, LOCAL_KEYS, Config, TrainConfig, value_of
+from runtime.cost import step_flops
 from runtime.run_folder import describe_code
 
 COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")  # torch.compile calls one, on GPUs too
+
+# What "auto" means on a CPU. With AMX, bfloat16 makes matrix products several times faster, but
+# below this width autocast's conversions take more time than it saves. Compiling takes up to a
+# minute and saves a tenth: a quarter of an hour's training at 100 GFLOP/s. See docs/performance.md.
+AMX_WIDTH = 192
+COMPILED_FLOPS = 1e14
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -78,6 +85,45 @@ def find_device(train: TrainConfig) -> torch.device:
     return device
 
 
+def resolve_number_format(
+    config: Config, device: torch.device, stored: dict[str, Any] | None = None
+) -> Config:
+    """Replace "auto" in train.dtype and train.compile by what is fast on this device.
+
+    Args:
+        config: the run.
+        device: where it is trained.
+        stored: the config of the checkpoint to continue from, whose choices are kept.
+    """
+    train = config.train
+    changes: dict[str, Any] = {}
+    if train.dtype == "auto":
+        changes["train.dtype"] = fast_dtype(config.model.n_embd, device)
+    if train.compile == "auto":
+        changes["train.compile"] = is_worth_compiling(config, device)
+    if stored is not None:
+        changes = {key: value_of(stored, key) for key in changes}
+    update = {key.removeprefix("train."): value for key, value in changes.items()}
+    return config.model_copy(update={"train": train.model_copy(update=update)})
+
+
+def fast_dtype(n_embd: int, device: torch.device) -> str:
+    """Return the number format in which a model of this width trains fastest on the device."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu" and n_embd >= AMX_WIDTH:
+        return "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    return "float32"
+
+
+def is_worth_compiling(config: Config, device: torch.device) -> bool:
+    """Return whether the whole run takes long enough that compiling saves time."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    has_compiler = any(shutil.which(name) for name in COMPILERS)
+    return has_compiler and config.train.max_steps * step_flops(config) > COMPILED_FLOPS
+
+
 def check_device(train: TrainConfig, device: torch.device) -> None:
     """Refuse what the device or the machine cannot do: bfloat16, or torch.compile."""
     if train.compile and not any(shutil.which(name) for name in COMPILERS):
@@ -90,15 +136,6 @@ def check_device(train: TrainConfig, device: torch.device) -> None:
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{name} has no bfloat16; use --train.dtype=float16 or float32")
-
-
-def describe_device(device: torch.device) -> str:
-    """Return a device's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    return device.type
 
 
 def memory_of(device: torch.device) -> int | None:

@@ -17,9 +17,9 @@ from runtime.cost import (
     product_bytes,
     product_parameter_bytes,
 )
-from runtime.distributed import Ranks, describe_device, memory_of
+from runtime.distributed import Ranks, memory_of
 from runtime.experiment import as_text
-from runtime.run_folder import describe_commit
+from runtime.run_folder import describe_commit, name_of
 
 
 def check_divisible(config: Config, world_size: int) -> None:
@@ -72,13 +72,13 @@ def hessian_micro_batch_size(config: Config, world_size: int) -> int:
 def _products_that_fit(config: Config, world_size: int) -> int:
     """Return how many sequences' Hessian-vector products need no more memory than a step."""
     room = _step_bytes(config) - product_parameter_bytes(config, world_size)
-    return room // product_bytes(config.model, config.train.dtype, config.train.compile)
+    return room // product_bytes(config.model, config.train.dtype, bool(config.train.compile))
 
 
 def _step_bytes(config: Config) -> int:
     train = config.train
     return activation_bytes(
-        config.model, train.dtype, train.compile, train.micro_batch_size, train.loss_chunk
+        config.model, train.dtype, bool(train.compile), train.micro_batch_size, train.loss_chunk
     )
 
 
@@ -99,7 +99,7 @@ def memory_per_rank(config: Config, world_size: int) -> tuple[int, int]:
     if config.optimizer.hessian_estimator == "hutchinson":
         sequences = hessian_micro_batch_size(config, world_size)
         train = config.train
-        products = sequences * product_bytes(config.model, train.dtype, train.compile)
+        products = sequences * product_bytes(config.model, train.dtype, bool(train.compile))
         products += product_parameter_bytes(config, world_size)
         activations = max(activations, products)
     return fixed_bytes(config, world_size), activations
@@ -190,9 +190,10 @@ def print_plan(config: Config, ranks: Ranks, device: torch.device, start: str) -
             f"every {config.hessian_interval} steps, {count} × {hessian_micro} sequences per rank"
         )
 
+    threads = f", {torch.get_num_threads()} threads each" if device.type == "cpu" else ""
     rows = {
         "run": f"{config.experiment}/{config.run}",
-        "device": f"{world_size} × {describe_device(device)}",
+        "device": f"{world_size} × {name_of(device)}{threads}",
         "number format": f"{train.dtype}, {'compiled' if train.compile else 'not compiled'}",
         "parameters": f"{num_parameters(model):,}",
         "batch": (

@@ -27,19 +27,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """Return what a reader needs to repeat a run: commit, versions, device, command."""
-    name = f"{device.type}, {os.cpu_count()} cores"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-
     return {
         "commit": _git("rev-parse", "HEAD") or None,
         "uncommitted_changes": bool(_git("status", "--porcelain", "-uno")),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": name,
+        "device": name_of(device),
         "world_size": world_size,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def name_of(device: torch.device) -> str:
+    """Return the model of a GPU, or that of the CPU and the number of its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name", "cpu")
+    return f"{name if device.type == 'cpu' else device.type}, {os.cpu_count()} cores"
 
 
 def _git(*arguments: str) -> str:

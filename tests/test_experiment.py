@@ -225,7 +225,7 @@ def test_help_lists_every_key_with_its_default(capsys) -> None:
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert all(re.search(rf"--{key}[ ,]", printed) for key in KEYS)
-    assert "--train.dtype bfloat16|float16|float32" in printed
+    assert "--train.dtype auto|bfloat16|float16|float32" in printed
     assert "--optimizer.update clip|divide|normalize" in printed
     assert "(default: 480)" in printed
 
