@@ -14,7 +14,8 @@ from runtime.cli import UserError
 # Files up to this size are searched for tokens outside the vocabulary before training; larger ones
 # are checked window by window as they are read.
 SCAN_TOKENS = 1_000_000_000
-BYTES = 257  # tokens of the vocabulary of bytes
+# Which script makes data of a vocabulary, by its number of tokens; otherwise OpenWebText's.
+PREPARED_BY = {257: "data/stdlib/prepare.py", 1024: "data/stdlib/prepare.py --bpe"}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -66,8 +67,8 @@ def open_tokens(folder: Path, split: str, vocab_size: int, block_size: int) -> n
     """
     path = folder / f"{split}.bin"
     if not path.is_file():
-        script = "data/stdlib/prepare.py" if vocab_size == BYTES else "data/openwebtext/prepare.py"
-        command = f"{ROOT / script} --out {folder}"
+        script = PREPARED_BY.get(vocab_size, "data/openwebtext/prepare.py")
+        command = f"{ROOT}/{script} --out {folder}"
         if (folder / "prepare.py").exists():
             command = str(folder / "prepare.py")
         raise UserError(f"{path}: no such file; make it first: python {command}")

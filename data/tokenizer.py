@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's byte-pair encoding, and plain bytes."""
+"""Tokenizers: GPT-2's byte-pair encoding, a small one for Python's source code, and bytes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 
+STDLIB_MERGES = Path(__file__).parent / "stdlib/merges.txt"  # in the format of GPT-2's vocab.bpe
+END_OF_TEXT = "<|endoftext|>"
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -48,20 +51,21 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Return a tokenizer.
 
     Args:
-        name: "gpt2" for GPT-2's byte-pair encoding, or "bytes" for UTF-8 bytes 0 to 255, with 256
-            as end of text.
+        name: "gpt2" for GPT-2's byte-pair encoding; "stdlib" for one of 1,024 tokens that was
+            trained on Python's standard library; "bytes" for UTF-8 bytes 0 to 255, with 256 as end
+            of text.
 
     Raises:
         UserError: if the name is unknown, or the encoding cannot be downloaded.
     """
-    if name == "gpt2":
-        encoding = _gpt2_encoding()
+    if name in ("gpt2", "stdlib"):
+        encoding = _gpt2_encoding() if name == "gpt2" else _stdlib_encoding()
         # Text is never special, even if it spells <|endoftext|>.
         encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
         return Tokenizer(encoding.n_vocab, encoding.eot_token, encode, encoding.decode)
     if name == "bytes":
         return Tokenizer(257, 256, _encode_bytes, _decode_bytes)
-    raise UserError(f"unknown tokenizer {name!r}; the known ones are gpt2 and bytes")
+    raise UserError(f"unknown tokenizer {name!r}; the known ones are gpt2, stdlib and bytes")
 
 
 def _encode_bytes(text: str) -> np.ndarray:
@@ -83,6 +87,42 @@ def _gpt2_encoding() -> Any:
     except requests.RequestException:
         _fill_tiktoken_cache(Path(os.environ["TIKTOKEN_CACHE_DIR"]))
         return tiktoken.get_encoding("gpt2")
+
+
+def _stdlib_encoding() -> Any:
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 divides text into words
+
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_characters().values())}
+    for left, right in read_merges(STDLIB_MERGES.read_text(encoding="utf-8")):
+        merged = bytes(byte_characters()[character] for character in left + right)
+        ranks[merged] = len(ranks)
+    special = {END_OF_TEXT: len(ranks)}
+    return tiktoken.Encoding(
+        "stdlib", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+@functools.cache
+def byte_characters() -> dict[str, int]:
+    """Return the character that stands for each byte in GPT-2's files, in the order of its tokens.
+
+    A printable byte is its own Latin-1 character. The others are the characters from 256 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printable += range(ord("®"), ord("ÿ") + 1)
+    characters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return characters | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def read_merges(text: str) -> list[tuple[str, str]]:
+    """Return the pairs of a vocab.bpe, most frequent first, without its first line (a version)."""
+    merges = []
+    for line in text.splitlines()[1:]:
+        left, right = line.split(" ")
+        merges.append((left, right))
+    return merges
 
 
 def gpt2_files() -> dict[str, bytes]:

@@ -17,7 +17,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.tokenizer import data_meta, gpt2_files, load_tokenizer, tokenizer_of_run
+from data.tokenizer import (
+    END_OF_TEXT,
+    STDLIB_MERGES,
+    byte_characters,
+    data_meta,
+    gpt2_files,
+    load_tokenizer,
+    read_merges,
+    tokenizer_of_run,
+)
 from model import GPT, padding_rows
 from runtime import checkpoint
 from runtime.cli import Parser, UserError, run_main
@@ -26,7 +35,6 @@ from runtime.cost import num_parameters
 from runtime.hugging_face import hugging_face_config, to_hugging_face
 from runtime.run_folder import METRICS, read_environment, read_metrics
 
-END_OF_TEXT = "<|endoftext|>"
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -115,7 +123,6 @@ def make_tokenizer(name: str, block_size: int) -> Any:
     """
     try:
         from transformers import GPT2Tokenizer
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
     except ImportError as error:
         raise UserError(
             "transformers is missing: python -m pip install -r requirements-hub.txt"
@@ -123,15 +130,16 @@ def make_tokenizer(name: str, block_size: int) -> Any:
 
     load_tokenizer(name)  # refuses an unknown name
     merges: Any = []
-    if name == "gpt2":
-        files = gpt2_files()
-        vocabulary = json.loads(files["encoder.json"])
-        for line in files["vocab.bpe"].decode().splitlines()[1:]:  # after the version
-            if line:
-                merges.append(tuple(line.split()))
+    if name == "bytes":
+        vocabulary = byte_characters() | {END_OF_TEXT: 256}
+    elif name == "stdlib":
+        merges = read_merges(STDLIB_MERGES.read_text(encoding="utf-8"))
+        tokens = [*byte_characters(), *(left + right for left, right in merges), END_OF_TEXT]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
     else:
-        vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
-        vocabulary[END_OF_TEXT] = 256
+        files = gpt2_files()
+        merges = read_merges(files["vocab.bpe"].decode())
+        vocabulary = json.loads(files["encoder.json"])
     return GPT2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=block_size)
 
 

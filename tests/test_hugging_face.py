@@ -124,7 +124,7 @@ def test_openai_shaped_files_are_read(tmp_path: Path) -> None:
         hugging_face.load_weights(model, str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("name", ["bytes", "stdlib", "gpt2"])
 def test_exported_tokenizer_gives_the_same_tokens(name: str, tmp_path: Path) -> None:
     export_hf.make_tokenizer(name, 16).save_pretrained(tmp_path)
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(name)

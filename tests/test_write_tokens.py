@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 
 from data import tokenizer
 from data import write_tokens as tokenize
@@ -390,7 +391,7 @@ def test_encoding_file_with_another_hash_is_refused(
 
 def test_tokenizers_decode_what_they_encode() -> None:
     text = "def f(x):\n\treturn '☃' # 東京\n"
-    for name, size in (("gpt2", 50257), ("bytes", 257)):
+    for name, size in (("gpt2", 50257), ("stdlib", 1024), ("bytes", 257)):
         loaded = load_tokenizer(name)
         tokens = list(loaded.encode(text))
         assert loaded.decode(tokens) == text
@@ -402,18 +403,34 @@ def test_tokenizers_decode_what_they_encode() -> None:
         load_tokenizer("llama")
 
 
-def test_stdlib_prepare_writes_the_standard_library_as_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("option", "name"), [([], "bytes"), (["--bpe"], "stdlib")])
+def test_stdlib_prepare_writes_the_standard_library(
+    option: list[str], name: str, tmp_path: Path
+) -> None:
     command = [sys.executable, str(ROOT / "data/stdlib/prepare.py"), "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, *option], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     meta = json.loads((tmp_path / "meta.json").read_text())
-    assert meta["vocab_size"] == 257
-    assert 5e6 < meta["splits"]["train"]["tokens"] < 5e7
+    loaded = load_tokenizer(name)
+    assert (meta["tokenizer"], meta["vocab_size"]) == (name, loaded.vocab_size)
 
-    source = Path(json.__file__).read_bytes()
     splits = [np.fromfile(tmp_path / f"{split}.bin", "<u2") for split in ("train", "val")]
     tokens = np.concatenate(splits)
-    assert source in tokens[tokens < 256].astype(np.uint8).tobytes()
+    text = loaded.decode(tokens[tokens != loaded.end_of_text].tolist())
+    assert 5e6 < len(text) < 5e7
+    assert Path(json.__file__).read_text() in text
+
+
+def test_merges_are_those_of_the_library_that_trained_them() -> None:
+    """Encode with tokenizers, in which merges.txt was trained, and with tiktoken."""
+    merges = tokenizer.read_merges(tokenizer.STDLIB_MERGES.read_text(encoding="utf-8"))
+    tokens = [*tokenizer.byte_characters(), *(left + right for left, right in merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    text = Path(json.__file__).read_text() + "☃ 東京 \x00\x7f\xff"
+    assert theirs.encode(text).ids == load_tokenizer("stdlib").encode(text).tolist()
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """Prepare the source code of Python's standard library: about 12 MB that every machine already has.
 
-    python data/stdlib/prepare.py        # no download; a few seconds
+    python data/stdlib/prepare.py        # bytes, to data/stdlib; no download, a few seconds
+    python data/stdlib/prepare.py --bpe  # 1,024 byte pairs, to data/stdlib/bpe
 
-Each module is one document. Its bytes are the tokens, ended by end-of-text (256). They differ from
-one Python version to the next, so compare only runs on the same folder.
+Each module is one document, ended by end-of-text. Modules differ from one Python version to the
+next, so compare only runs on the same folder.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pyc
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path(__file__).parent, help="where to write"
-    )
-    out = parser.parse_args().out.expanduser()
+    add = parser.add_argument
+    add("--bpe", action="store_true", help="tokens from merges.txt instead of bytes")
+    add("--out", metavar="DIR", type=Path, help="where to write (default: data/stdlib[/bpe])")
+    arguments = parser.parse_args()
+    tokenizer = "stdlib" if arguments.bpe else "bytes"
+    default = Path(__file__).parent / ("bpe" if arguments.bpe else "")
+    out = (arguments.out or default).expanduser()
 
     modules = find_modules()
     source = {
@@ -36,7 +40,7 @@ def main() -> None:
     }
     # 2 % of the modules are held out; 1 in 2,000, as for OpenWebText, would be a single module.
     shards = [lambda: read_modules(modules)]
-    meta = write_dataset(out, shards, len(modules), "bytes", source, val_fraction=0.02)
+    meta = write_dataset(out, shards, len(modules), tokenizer, source, val_fraction=0.02)
     for split, facts in meta["splits"].items():
         print(f"{split}: {facts['tokens']:,} tokens in {facts['documents']:,} modules")
     print(f"wrote {out}/train.bin, {out}/val.bin, {out}/meta.json")
