@@ -7,8 +7,9 @@
 
 Parts: optimizer (steps of AdamW, Lion, Sophia; the average of estimates), estimates (T(step),
 T(Hessian)), data, start, memory (counted, without a GPU), trainer (tokens/s and, on a GPU, memory,
-against nanogpt_loop.py), prepare (with --files), ddp (under torchrun). Competitors take turns
-(except for the trainer on a GPU), and the median counts. Prints a table; --json FILE also writes
+against nanogpt_loop.py), profile and load (on a CPU: where a step's time goes, and train.py beside
+other processes), prepare (with --files), ddp (under torchrun). Competitors take turns (except for
+the trainer on a GPU), and the median counts. Prints a table; --json FILE also writes
 device, versions, commit and all numbers. What was not measured is listed as such.
 """
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks.cpu_parts import cpu_trainer, rates_under_load, step_profile
 from benchmarks.parts import (
     GPU_BATCH,
     SIZES,
@@ -42,7 +44,6 @@ from benchmarks.parts import (
     gpu_trainer,
     optimizer_steps,
     prepare,
-    quickstart_trainer,
     start,
 )
 from runtime import distributed
@@ -52,7 +53,18 @@ from runtime.experiment import load_experiment
 from runtime.files import write_json
 from runtime.run_folder import ROOT, describe_environment
 
-PARTS = ("optimizer", "estimates", "data", "start", "memory", "trainer", "prepare", "ddp")
+PARTS = (
+    "optimizer",
+    "estimates",
+    "data",
+    "start",
+    "memory",
+    "trainer",
+    "profile",
+    "load",
+    "prepare",
+    "ddp",
+)
 
 
 def main() -> None:
@@ -109,7 +121,13 @@ def measurements(
             for size in sizes:
                 yield f"optimizer {size}", partial(optimizer_steps, size, device)
         elif part == "trainer" and not is_cuda:
-            yield "trainer quickstart", partial(quickstart_trainer, data, device)
+            for size in arguments.sizes or ["quickstart", "30m"]:
+                yield f"trainer {size}", partial(cpu_trainer, size, data, device)
+        elif part == "profile" and not is_cuda:
+            for size in arguments.sizes or ["quickstart", "30m"]:
+                yield f"profile {size}", partial(step_profile, size, data, device)
+        elif part == "load" and not is_cuda:
+            yield "load", partial(rates_under_load, data)
         elif part == "trainer":
             for size in sizes:
                 yield f"trainer {size}", partial(gpu_trainer, size, arguments.micro, data, device)
@@ -135,9 +153,9 @@ def measurements(
 
 
 def make_data(folder: Path) -> Path:
-    """Write random tokens, all below 257, so that they fit the quickstart's vocabulary."""
+    """Write random tokens that fit the quickstart's vocabulary."""
     for split, count in (("train", 4_000_000), ("val", 100_000)):
-        tokens = np.random.default_rng(0).integers(257, size=count)
+        tokens = np.random.default_rng(0).integers(1023, size=count)
         tokens.astype("<u2").tofile(folder / f"{split}.bin")
     return folder
 

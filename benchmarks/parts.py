@@ -31,7 +31,7 @@ from optimizers.lion import Lion
 from runtime.cli import UserError
 from runtime.config import Config
 from runtime.cost import activation_bytes, flops_per_token, num_parameters
-from runtime.distributed import Ranks
+from runtime.distributed import Ranks, resolve_number_format
 from runtime.experiment import as_text, load_experiment
 from runtime.metrics import peak_tflops
 from runtime.run_folder import ROOT
@@ -101,7 +101,8 @@ def configure(
     name = size if size == "quickstart" else f"gpt2_{size}"
     keys = {"data.path": str(data), "train.device": device.type} | keys
     text = {key: as_text(value) for key, value in keys.items()}
-    return load_experiment(ROOT / f"configs/{name}.toml", run, text)
+    config = load_experiment(ROOT / f"configs/{name}.toml", run, text)
+    return resolve_number_format(config, device)
 
 
 def shape_of(size: str) -> ModelConfig:
@@ -188,26 +189,6 @@ def optimizer_steps(size: str, device: torch.device) -> Iterator[Row]:
 
 
 # ---- Trainer -------------------------------------------------------------------------------------
-
-
-def quickstart_trainer(data: Path, device: torch.device) -> Iterator[Row]:
-    """Measure AdamW in both loops, in fp32, with the quickstart's model and batch."""
-    shape = shape_of("quickstart")
-    calls = {}
-    for compiled in (False, True):
-        kind = "compiled" if compiled else "eager"
-        reference = nanogpt_loop.make_reference_step(shape, data, 32, 32, device, compiled)
-        calls[f"reference, {kind}"] = reference
-        config = configure("quickstart", "adamw", data, device, {"train.compile": compiled})
-        calls[f"train.py, {kind}"] = stepper(build(config, device))
-    seconds = medians(calls, device, 4 * SECONDS)
-
-    best = min(value for name, value in seconds.items() if name.startswith("reference"))
-    for name, value in seconds.items():
-        rate = 32 * shape.block_size / value
-        goal = "≥ 1.0" if name.startswith("train.py") else ""
-        what, against = f"quickstart: {name}", "the better reference"
-        yield Row("trainer", what, rate, "tokens/s", against, best / value, goal)
 
 
 def gpu_trainer(

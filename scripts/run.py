@@ -250,7 +250,7 @@ def run_all(arguments: argparse.Namespace, trials: list[Trial]) -> list[str]:
 
 
 def run_one(arguments: argparse.Namespace, trial: Trial) -> int:
-    """Call train.py. With several jobs, its output is shown only if it fails."""
+    """Call train.py. With several jobs, show only validations and the last line of a failure."""
     launcher = [sys.executable]
     if arguments.gpus > 1:
         launcher += [str(ROOT / "scripts/torchrun.py"), *torchrun_options(arguments)]
@@ -261,11 +261,19 @@ def run_one(arguments: argparse.Namespace, trial: Trial) -> int:
 
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        print(f"{trial.name}: {lines[-1]}", file=sys.stderr, flush=True)
-    return done.returncode
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    assert process.stdout is not None
+    last = "no message"
+    for line in process.stdout:
+        last = line.strip() or last
+        if "validation loss" in line:
+            print(f"{trial.name}: {last}", flush=True)
+    status = process.wait()
+    if status:
+        print(f"{trial.name}: {last}", file=sys.stderr, flush=True)
+    return status
 
 
 # ---- Results -------------------------------------------------------------------------------------

@@ -307,6 +307,86 @@ def test_16_bit_training_stays_close_to_fp32(
     assert {weight.dtype for weight in saved["model"].values()} == {torch.float32}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("run", OPTIMIZERS)
+def test_bfloat16_stays_close_to_fp32_for_200_steps(
+    run: str, experiment: Path, run_train: Runner, tmp_path: Path
+) -> None:
+    """At the width from which on "auto" chooses bfloat16, on a CPU that has AMX."""
+    arguments = [f"--run={run}", "--model.n_embd=192", "--train.max_steps=200"]
+    arguments.append("--optimizer.lr=1e-3" if run == "adamw" else "--optimizer.lr=3e-4")
+    arguments += ["--train.eval_interval=50", "--train.warmup_steps=20"]
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        run_train(experiment, *arguments, f"--train.dtype={dtype}", f"--train.out_dir={out}")
+        losses[dtype] = read_lines(out / "tiny" / run, "val_loss")
+
+    for (step, fp32), (_, bf16) in zip(losses["float32"], losses["bfloat16"], strict=True):
+        assert bf16 == pytest.approx(fp32, abs=0.002), step
+    assert losses["float32"][-1][1] < losses["float32"][0][1] - 1
+
+
+def pretend_amx(monkeypatch: pytest.MonkeyPatch, has_amx: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
+
+
+def stored_config(run_dir: Path) -> dict:
+    return json.loads((run_dir / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "n_embd", "dtype"),
+    [(True, 192, "bfloat16"), (True, 128, "float32"), (False, 192, "float32")],
+)
+def test_auto_is_bfloat16_where_that_is_fast(
+    has_amx: bool,
+    n_embd: int,
+    dtype: str,
+    experiment: Path,
+    run_train: Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+) -> None:
+    """The choice is printed and stored as if it had been written in the file."""
+    pretend_amx(monkeypatch, has_amx)
+    arguments = ("--run=adamw", "--train.dtype=auto", "--train.compile=auto")
+    run_train(experiment, *arguments, f"--model.n_embd={n_embd}")
+    stored = stored_config(tmp_path / "out/tiny/adamw")
+    assert stored["train"]["dtype"] == dtype
+    assert stored["train"]["compile"] is False  # twelve steps
+    assert f"number format     {dtype}, not compiled\n" in capsys.readouterr().out
+
+
+def test_auto_compiles_long_runs(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    for steps, is_long in ((12, False), (10**9, True)):
+        keys = {"train.compile": "auto", "train.max_steps": str(steps)}
+        config = load_experiment(experiment, "sophia-g", keys)
+        assert distributed.resolve_number_format(config, device).train.compile is is_long
+
+    monkeypatch.setattr(distributed.shutil, "which", lambda _: None)  # no compiler
+    assert distributed.resolve_number_format(config, device).train.compile is False
+
+
+def test_resumed_run_keeps_what_auto_meant_at_its_start(
+    experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Start on a CPU without AMX and continue on one with it."""
+    arguments = (experiment, "--run=sophia-g", "--train.dtype=auto", "--model.n_embd=192")
+    folder = tmp_path / "out/tiny/sophia-g"
+    pretend_amx(monkeypatch, False)
+    run_train(*arguments)
+    whole = read_lines(folder, "val_loss")
+
+    (folder / "step_00000012.pt").unlink()
+    pretend_amx(monkeypatch, True)
+    run_train(*arguments, "--resume")
+    assert read_lines(folder, "val_loss") == whole
+    assert stored_config(folder)["train"]["dtype"] == "float32"
+
+
 def test_newest_and_best_checkpoints_are_kept(
     experiment: Path, run_train: Runner, tmp_path: Path, monkeypatch
 ) -> None:
@@ -635,9 +715,9 @@ def test_stored_data_path_works_from_any_folder(
     """Look for relative data in the repository if it is not in the current folder."""
     config = load_experiment(ROOT / "configs/quickstart.toml", "adamw")
     monkeypatch.chdir(tmp_path)
-    assert config.data_folder == ROOT / "data/stdlib"
-    (tmp_path / "data/stdlib").mkdir(parents=True)
-    assert config.data_folder == Path("data/stdlib")
+    assert config.data_folder == ROOT / "data/stdlib/bpe"
+    (tmp_path / "data/stdlib/bpe").mkdir(parents=True)
+    assert config.data_folder == Path("data/stdlib/bpe")
 
     # The shell does not expand ~ in --key=~/folder.
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -649,4 +729,4 @@ def test_stored_data_path_works_from_any_folder(
     # The advice for missing data names the script that makes this kind of data.
     arguments = (ROOT / "configs/quickstart.toml", "--run=adamw", "--train.out_dir=out")
     error = refuse(run_train, capsys, *arguments, f"--data.path={tmp_path}/none")
-    assert f"python {ROOT}/data/stdlib/prepare.py --out {tmp_path}/none" in error
+    assert f"python {ROOT}/data/stdlib/prepare.py --bpe --out {tmp_path}/none" in error
