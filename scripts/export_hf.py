@@ -1,7 +1,7 @@
 """Export a checkpoint to a folder that Hugging Face's transformers loads, without this repository.
 
     python scripts/export_hf.py out/gpt2_125m/sophia-g hf/gpt2_125m-sophia-g
-    python scripts/export_hf.py out/quickstart/adamw/step_00000600.pt /tmp/small
+    python scripts/export_hf.py out/quickstart/adamw/step_00000240.pt /tmp/small
 
 Then, anywhere: transformers.pipeline("text-generation", "hf/gpt2_125m-sophia-g"). The folder has
 the weights (model.safetensors, fp32), the tokenizer and a model card. For a run's folder, the

@@ -255,12 +255,14 @@ def run_one(arguments: argparse.Namespace, trial: Trial) -> int:
     if arguments.gpus > 1:
         launcher += [str(ROOT / "scripts/torchrun.py"), *torchrun_options(arguments)]
     command = [*launcher, str(ROOT / "train.py"), *train_arguments(arguments, trial), "--resume"]
+    # Threads that do not spin while they wait leave their core to other processes. It costs a tenth
+    # on an idle machine, and a busy one is faster: see "Other load" in docs/performance.md.
+    environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
     if arguments.jobs == 1:
         print(f"== {trial.name}", flush=True)
-        return subprocess.run(command).returncode
+        return subprocess.run(command, env=environment).returncode
 
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )

@@ -1,7 +1,7 @@
 """Generate text from a checkpoint.
 
     python scripts/sample.py out/gpt2_125m/sophia-g --prompt "The meaning of life"
-    python scripts/sample.py out/quickstart/adamw/step_00000600.pt --prompt "def " --tokens 300
+    python scripts/sample.py out/quickstart/adamw/step_00000240.pt --prompt "def " --tokens 300
 
 For a run's folder, the newest checkpoint is used. The tokenizer is the one that the run's data was
 made with, or GPT-2's if that is not recorded.
