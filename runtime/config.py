@@ -432,6 +432,8 @@ def _first_problem(error: ValidationError) -> str:
     optimizer = ""
     if location[:1] == ["optimizer"] and len(location) > 1 and location[1] in OPTIMIZERS:
         optimizer = location.pop(1)  # the union's tag
+    if ".".join(location[:-1]) in KEYS:
+        location.pop()  # the member of a union such as bool | "auto"
     key = ".".join(location)
 
     if kind == "extra_forbidden" and key in KEYS:
@@ -445,7 +447,8 @@ def _first_problem(error: ValidationError) -> str:
     if kind == "union_tag_invalid":
         return f"optimizer.name = {value.get('name')!r} should be one of {', '.join(OPTIMIZERS)}"
     if kind in ("bool_type", "bool_parsing"):
-        return f"{key} = {value!r} should be true or false"
+        choices = "true or false" if KEYS[key].annotation is bool else "true, false or 'auto'"
+        return f"{key} = {value!r} should be {choices}"
     if kind == "string_pattern_mismatch":
         return f"{key} = {value!r} is empty or contains a character that is not allowed"
 

@@ -159,7 +159,7 @@ def _parse_value(key: str, text: str) -> Any:
     kind = KEYS[key].annotation
     if kind is str:
         return text
-    if kind is bool:
+    if bool in (kind, *get_args(kind)):
         text = text.lower()
     try:
         parsed = tomllib.loads(f"value = {text}")

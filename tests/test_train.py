@@ -713,11 +713,12 @@ def test_stored_data_path_works_from_any_folder(
     run_train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Look for relative data in the repository if it is not in the current folder."""
-    config = load_experiment(ROOT / "configs/quickstart.toml", "adamw")
+    keys = {"data.path": "data/stdlib"}
+    config = load_experiment(ROOT / "configs/quickstart.toml", "adamw", keys)
     monkeypatch.chdir(tmp_path)
-    assert config.data_folder == ROOT / "data/stdlib/bpe"
-    (tmp_path / "data/stdlib/bpe").mkdir(parents=True)
-    assert config.data_folder == Path("data/stdlib/bpe")
+    assert config.data_folder == ROOT / "data/stdlib"
+    (tmp_path / "data/stdlib").mkdir(parents=True)
+    assert config.data_folder == Path("data/stdlib")
 
     # The shell does not expand ~ in --key=~/folder.
     monkeypatch.setenv("HOME", str(tmp_path))
