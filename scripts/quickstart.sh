@@ -17,4 +17,5 @@ python scripts/run.py configs/quickstart.toml --jobs="$jobs" --train.out_dir="$o
 echo
 python scripts/compare.py "$out/quickstart"
 echo "== a sample from sophia-g"
-python scripts/sample.py "$out/quickstart/sophia-g" --prompt "def " --tokens 120
+python scripts/sample.py "$out/quickstart/sophia-g" --prompt '    """Return the ' --tokens 120 \
+    --temperature 0.6
