@@ -429,34 +429,36 @@ def start(data: Path) -> Iterator[Row]:
 
 
 def prepare(pattern: str) -> Iterator[Row]:
-    """Measure prepare.py against nanogpt_prepare.py, both with one process per core."""
+    """Measure prepare.py with one process and with one per core against nanogpt_prepare.py."""
     paths = sorted(glob.glob(pattern))
     cores = str(os.cpu_count())
+    ours = [str(ROOT / "data/openwebtext/prepare.py"), "--files", pattern, "--out"]
+    theirs = str(ROOT / "benchmarks/nanogpt_prepare.py")
+    reference = f"datasets.map, {cores} processes"
+
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = Path(folder, "ours"), Path(folder, "theirs")
-        script, reference = ROOT / "data/openwebtext/prepare.py", ROOT / "benchmarks"
+        out = Path(folder, "out")
         commands = {
-            ours: [str(script), "--files", pattern, "--out", str(ours)],
-            theirs: [str(reference / "nanogpt_prepare.py"), str(theirs), cores, *paths],
+            "prepare.py, 1 process": [*ours, str(out), "--workers=1"],
+            f"prepare.py, {cores} processes": [*ours, str(out), f"--workers={cores}"],
+            reference: [theirs, str(out), cores, *paths],
         }
-        seconds: dict[Path, list[float]] = {ours: [], theirs: []}
-        for out in [ours, theirs] * 3:
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        sizes = {}
+        for name in [*commands] * 3:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
-            seconds[out].append(time_command([sys.executable, *commands[out]]))
+            seconds[name].append(time_command([sys.executable, *commands[name]]))
+            sizes[name] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            if name != reference:
+                meta = json.loads((out / "meta.json").read_text())
 
-        meta = json.loads((ours / "meta.json").read_text())
-        tokens = sum(split["tokens"] for split in meta["splits"].values())
-        sizes = {}
-        for out in seconds:
-            sizes[out] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-
-    rates = {out: tokens / statistics.median(times) for out, times in seconds.items()}
-    facts = f"{cores} processes, {tokens / 1e6:.1f}M tokens"
-    for name, out, goal in (("prepare.py", ours, "≥ 2.5"), ("datasets.map", theirs, "")):
-        what = f"{name}, {facts}, {sizes[out] / 1e6:.0f} MB of files"
-        ratio = rates[out] / rates[theirs]
-        yield Row("prepare", what, rates[out], "tokens/s", "datasets.map", ratio, goal)
+    tokens = sum(split["tokens"] for split in meta["splits"].values())
+    rates = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+    for name, rate in rates.items():
+        what = f"{name}, {tokens / 1e6:.1f}M tokens, {sizes[name] / 1e6:.0f} MB of files"
+        goal = "≥ 2.5" if name == f"prepare.py, {cores} processes" else ""
+        yield Row("prepare", what, rate, "tokens/s", "datasets.map", rate / rates[reference], goal)
 
 
 def time_command(command: list[str]) -> float:
