@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench, nanogpt_loop, parts
+from benchmarks import bench, cpu_parts, nanogpt_loop, parts
 from runtime.cli import run_main
 from runtime.cost import num_parameters
 
@@ -120,3 +120,21 @@ def test_reference_model_is_as_large_as_ours() -> None:
             reference = nanogpt_loop.Model(shape)
         count = sum(p.numel() for p in reference.parameters())
         assert count == num_parameters(shape)
+
+
+def test_profile_attributes_time_to_the_operations_that_take_it() -> None:
+    matrix, vector = torch.randn(400, 400), torch.randn(100)
+    labels = torch.randint(400, (400,))
+
+    def step() -> None:
+        torch.mm(matrix, matrix)
+        torch.mm(matrix, matrix)
+        torch.nn.functional.cross_entropy(matrix, labels)
+        vector.sin()
+
+    milliseconds = cpu_parts.milliseconds_by_part(step)
+    others = {part: value for part, value in milliseconds.items() if part != "matrix products"}
+    assert milliseconds["matrix products"] > sum(others.values())
+    assert others["loss"] > 0
+    assert others["other"] > 0
+    assert others["attention"] == others["optimizer"] == 0

@@ -151,6 +151,39 @@ def test_failed_runs_are_named_and_do_not_stop_the_others(
     assert "no such file" in errors
 
 
+def test_runs_share_the_cores_and_do_not_spin(
+    experiment: Path, call: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's own OMP_WAIT_POLICY is kept."""
+    environments = []
+
+    class Started:
+        def __init__(self, command: list[str], env: dict[str, str], **options: object) -> None:
+            environments.append(env)
+            self.stdout: list[str] = []
+            self.returncode = 0
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(run.subprocess, "Popen", Started)
+    monkeypatch.setattr(run.subprocess, "run", Started)
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    call(experiment, "--runs=adamw,lion", "--jobs=2")
+    assert len(environments) == 2
+    for environment in environments:
+        assert environment["OMP_NUM_THREADS"] == "4"
+        assert environment["OMP_WAIT_POLICY"] == "passive"
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    call(experiment, "--runs=adamw", "--jobs=1")
+    assert environments[-1]["OMP_WAIT_POLICY"] == "active"
+    assert "OMP_NUM_THREADS" not in environments[-1]
+
+
 def test_slurm_script_starts_one_run_per_task(
     experiment: Path, call: Caller, tmp_path: Path
 ) -> None:
