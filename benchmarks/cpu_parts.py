@@ -71,8 +71,9 @@ def cpu_trainer(size: str, data: Path, device: torch.device) -> Iterator[Row]:
         config = configure(size, "adamw", data, device, keys)
         calls[f"train.py, {kind}, {config.train.dtype}"] = stepper(build(config, device))
 
+    # Not in bfloat16 on a CPU without it, where the product takes minutes.
     products = {}
-    for dtype in sorted({"float32", config.train.dtype}):  # bfloat16 takes minutes on CPUs without it
+    for dtype in sorted({"float32", config.train.dtype}):
         matrix = torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype))
         products[f"2048³ product, {dtype}"] = partial(torch.mm, matrix, matrix)
     seconds = medians(calls | products, device, 4 * SECONDS)
