@@ -14,6 +14,7 @@ import functools
 import gc
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ from runtime.config import Config
 from runtime.distributed import Ranks
 from runtime.files import locked
 from runtime.metrics import RunLog
-from runtime.run_folder import ROOT, describe_environment
+from runtime.run_folder import METRICS, ROOT, describe_environment, read_environment
 from sophia import hutchinson_estimate, sampled_label_loss
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets (or uniforms), each (B, T)
@@ -119,7 +120,7 @@ def prepare_and_train(ranks: Ranks) -> int:
         for split in ("train", "val"):
             tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
         digests = fingerprints(tokens)
-    found = checkpoint.find_on_all_ranks(config, flags.resume, digests)
+    found = checkpoint.find_on_all_ranks(config, flags.resume, flags.branch_from, digests)
 
     with distributed.errors_on_all_ranks():
         stored = found[1]["config"] if found else None
@@ -208,7 +209,20 @@ def open_log(run: Run, progress: Progress, found: checkpoint.Found | None) -> Ru
     checkpoint.quarantine(config.run_dir, after=progress.step)
     environment = describe_environment(device, run.ranks.world_size)
     environment["data"] = read_meta(config.data_folder)
+    environment["branched_from"] = continue_history(config, progress.step, found)
     return RunLog.open(config, device, environment, progress.step, progress.validated_step)
+
+
+def continue_history(config: Config, step: int, found: checkpoint.Found | None) -> str | None:
+    """Return RUN@STEP if this run is a branch of another one.
+
+    At its start it gets that run's metrics, of which RunLog keeps those up to the checkpoint.
+    """
+    if found is None or found[0].parent == config.run_dir:
+        return read_environment(config.run_dir).get("branched_from")
+    source = found[0].parent
+    shutil.copyfile(source / METRICS, config.run_dir / METRICS)
+    return f"{source.name}@{step}"
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -310,14 +324,19 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
 def learning_rate(config: Config, step: int) -> float:
     """Return the learning rate of batch number `step`.
 
-    Linear warm-up to the peak, then cosine decay to final_lr_ratio × peak at max_steps.
+    Linear warm-up to the peak, then decay to final_lr_ratio × peak at max_steps: as a cosine,
+    linearly, or linearly after a stable phase (wsd).
     """
-    peak, floor = config.optimizer.lr, config.train.final_lr_ratio
-    warmup, total = config.train.warmup_steps, config.train.max_steps
+    options, peak = config.train, config.optimizer.lr
+    warmup, start = options.warmup_steps, options.decay_start
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)  # not 0 in the first step, which would be wasted
-    decayed = (step - warmup) / max(total - warmup, 1)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decayed)))
+
+    decayed = max(step - start, 0) / (options.max_steps - start)
+    remaining = 1 - decayed
+    if options.schedule == "cosine":
+        remaining = 0.5 * (1 + math.cos(math.pi * decayed))
+    return peak * (options.final_lr_ratio + (1 - options.final_lr_ratio) * remaining)
 
 
 def get_batch(run: Run, step: int, size: int, micro_size: int) -> MicroBatches:

@@ -35,6 +35,9 @@ def make_report(runs: list[StoredRun], reference: str | None, target: float | No
             lines.append(
                 f"note: {run.name} is unfinished, step {step:,} of {run.horizon:,}: left out"
             )
+        origin = run.environment.get("branched_from")
+        if origin:
+            lines.append(f"note: {run.name} is a branch of {origin}: the steps up to there are its")
     for difference in confounders(runs):
         lines.append(f"warning: the runs differ in more than the optimizer. {difference}")
 

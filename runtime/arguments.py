@@ -29,7 +29,7 @@ def parse_command_line(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """
     flags, rest = _parser().parse_known_args(argv)
     if rest:
-        known = [*KEYS, "resume", "name", "run"]
+        known = [*KEYS, "resume", "branch-from", "name", "run"]
         name, _, value = rest[0].lstrip("-").partition("=")
         if name == "scale":  # until the scales became files
             file = f"configs/{value}/{Path(flags.experiment).name}"
@@ -56,6 +56,12 @@ def _parser() -> Parser:
     add("--run", metavar="NAME", help="which of the file's runs, such as sophia-g")
     add("--name", metavar="NAME", help="the run's folder and wandb name (default: that of --run)")
     add("--resume", action="store_true", help="continue from the newest checkpoint, if any")
+    add(
+        "--branch-from",
+        metavar="RUN@STEP",
+        help="continue a run of the same experiment with another horizon, from a checkpoint of its "
+        "stable phase (train.schedule=wsd)",
+    )
     add("--dry-run", action="store_true", help="print sizes, steps and memory, then exit")
 
     groups = {}

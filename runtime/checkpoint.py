@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import time
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from runtime.files import whole_file
 LISTING_ATTEMPTS = 13
 LISTING_PAUSE = 5.0  # seconds
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's path and content
+# What a run may have different from the one that it branches off: its horizon and decay.
+BRANCH_KEYS = {"train.max_steps", "train.decay_share", "train.final_lr_ratio"}
+BRANCH_KEYS |= {"train.eval_interval", "train.eval_windows"}
 CONTENT = {
     "step": int,
     "validated_step": int,
@@ -128,12 +132,15 @@ def load_newest(run_dir: Path) -> Found | None:
     return None
 
 
-def find_checkpoint(config: Config, resume: bool, fingerprints: dict[str, str]) -> Found | None:
+def find_checkpoint(
+    config: Config, resume: bool, branch_from: str | None, fingerprints: dict[str, str]
+) -> Found | None:
     """Return the checkpoint to continue from, or None for a new run. Changes nothing on disk.
 
     Args:
         config: the run.
         resume: whether an existing run may be continued.
+        branch_from: RUN@STEP, for a new run that continues another one; see :func:`find_branch`.
         fingerprints: of the token file of each split.
 
     Raises:
@@ -141,27 +148,76 @@ def find_checkpoint(config: Config, resume: bool, fingerprints: dict[str, str]) 
             another config or other data.
     """
     folder = config.run_dir
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not resume:
+    found = None
+    if folder.exists() and any(folder.iterdir()):
+        if not resume:
+            raise UserError(
+                f"{folder}: exists; add --resume to continue it, or choose another --train.out_dir"
+            )
+        found = load_newest(folder)
+
+    if found is not None:
+        check_same_config(config, found[1]["config"])
+    elif branch_from is not None:
+        found = find_branch(config, branch_from)
+    if found is not None:
+        check_same_data(config, found, fingerprints)
+    return found
+
+
+def find_branch(config: Config, branch_from: str) -> Found:
+    """Return the checkpoint of another run that a run with another horizon continues.
+
+    Both have a stable phase (train.schedule = "wsd"), and the checkpoint is in it, so that the runs
+    have made the same updates up to there.
+
+    Args:
+        config: the new run.
+        branch_from: RUN@STEP, with the name of a run of the same experiment, or the path of its
+            folder.
+
+    Raises:
+        UserError: if there is no such checkpoint, or the runs differ before it.
+    """
+    name, _, step = branch_from.rpartition("@")
+    if not name or not step.isdecimal():
+        raise UserError(f"--branch-from={branch_from}: must be RUN@STEP, such as adamw@8000")
+    beside = config.run_dir.parent / name
+    folder = beside if beside.is_dir() else Path(name)
+    path = path_of(folder, int(step))
+    if not path.exists():
+        there_are = ", ".join(str(int(p.stem[5:])) for p in checkpoints(folder)) or "none"
         raise UserError(
-            f"{folder}: exists; add --resume to continue it, or choose another --train.out_dir"
+            f"--branch-from={branch_from}: {path} does not exist; checkpoints of that run: "
+            f"{there_are}. train.keep_checkpoints decides how many are kept"
         )
 
-    newest = load_newest(folder)
-    if newest is None:
-        return None
-    path, state = newest
-    check_same_config(config, state["config"])
-    for split, stored in state["fingerprints"].items():
-        if fingerprints[split] != stored:
+    state = load(path)
+    check_same_config(config, state["config"], FREE_KEYS | BRANCH_KEYS)
+    for run in (from_stored(state["config"]), config):
+        if run.train.schedule != "wsd" or int(step) > run.train.decay_start:
             raise UserError(
-                f"{folder}: was started with another {split}.bin than the one in {config.data.path}"
+                f"--branch-from={branch_from}: step {step} is not in the stable phase of "
+                f"{run.run}, which has train.schedule = {run.train.schedule!r} and decays from "
+                f"step {run.train.decay_start}; both runs need wsd, and an earlier step"
             )
     return path, state
 
 
-def find_on_all_ranks(config: Config, resume: bool, fingerprints: dict[str, str]) -> Found | None:
+def check_same_data(config: Config, found: Found, fingerprints: dict[str, str]) -> None:
+    """Refuse token files that are not those of the checkpoint."""
+    path, state = found
+    for split, stored in state["fingerprints"].items():
+        if fingerprints[split] != stored:
+            raise UserError(
+                f"{path.parent}: was started with another {split}.bin than the one in "
+                f"{config.data.path}"
+            )
+
+
+def find_on_all_ranks(
+    config: Config, resume: bool, branch_from: str | None, fingerprints: dict[str, str]
+) -> Found | None:
     """Return what :func:`find_checkpoint` does, once all ranks find the same step.
 
     On another node than that of the rank which wrote a checkpoint, a network file system may list
@@ -169,7 +225,7 @@ def find_on_all_ranks(config: Config, resume: bool, fingerprints: dict[str, str]
     """
     for attempt in range(LISTING_ATTEMPTS):
         with distributed.errors_on_all_ranks():
-            found = find_checkpoint(config, resume, fingerprints)
+            found = find_checkpoint(config, resume, branch_from, fingerprints)
         step = found[1]["step"] if found else 0
         newest = distributed.max_over_ranks(step)
         if not distributed.max_over_ranks(step < newest):
@@ -179,15 +235,17 @@ def find_on_all_ranks(config: Config, resume: bool, fingerprints: dict[str, str]
     return found
 
 
-def check_same_config(config: Config, stored: dict[str, Any]) -> None:
-    """Refuse a config that differs from a stored one in any key but those of FREE_KEYS.
+def check_same_config(
+    config: Config, stored: dict[str, Any], free: Collection[str] = FREE_KEYS
+) -> None:
+    """Refuse a config that differs from a stored one in any key but the free ones.
 
     "auto" is whatever the run was started with.
     """
     current = config.model_dump()
     for key in KEYS:
         before, now = value_of(stored, key), value_of(current, key)
-        if key not in FREE_KEYS and now not in (before, "auto"):
+        if key not in free and now not in (before, "auto"):
             raise UserError(
                 f"{config.run_dir}: was started with {key} = {before!r}, now it is {now!r}; "
                 f"set it back, or choose another --train.out_dir"

@@ -50,15 +50,21 @@ class TrainConfig(Section):
         12, gt=0, le=1_000_000, description="sequences that a rank processes at once"
     )
     warmup_steps: int = Field(2000, ge=0, le=10**9, description="steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine",
+        description="how the learning rate decays; wsd: it is constant, and decays linearly at "
+        "the end (warm-up, stable, decay)",
+    )
+    decay_share: float = Field(
+        0.2, gt=0, le=1, description="share of max_steps in which wsd decays; others ignore it"
+    )
     loss_chunk: int = Field(
         0, ge=0, le=10**9, description="compute logits for this many tokens at a time; 0: all"
     )
     shard_optimizer: bool = Field(
         False, description="each rank keeps a part of the optimizer's state (ZeRO-1)"
     )
-    final_lr_ratio: float = Field(
-        0.05, ge=0, le=1, description="final / peak learning rate of the cosine schedule"
-    )
+    final_lr_ratio: float = Field(0.05, ge=0, le=1, description="final / peak learning rate")
     grad_clip: float = Field(
         1.0, ge=0, description="clip the global norm of the gradient to this; 0: off"
     )
@@ -92,6 +98,13 @@ class TrainConfig(Section):
         description="start from these weights: a folder in Hugging Face's format, or gpt2, "
         "gpt2-medium, gpt2-large, gpt2-xl",
     )
+
+    @property
+    def decay_start(self) -> int:
+        """The step at which the learning rate begins to decay."""
+        if self.schedule == "wsd":
+            return self.max_steps - max(round(self.decay_share * self.max_steps), 1)
+        return self.warmup_steps
 
 
 # ------------------------------------------------------------------------------------------------
@@ -283,6 +296,11 @@ class Config(Section):
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} leave none of train.max_steps "
                 f"{self.train.max_steps} for the learning rate to decay; lower train.warmup_steps"
+            )
+        if self.train.decay_start < self.train.warmup_steps:
+            raise ValueError(
+                f"train.decay_share {self.train.decay_share} begins the decay at step "
+                f"{self.train.decay_start}, in the warm-up; lower it or train.warmup_steps"
             )
         if self.train.shard_optimizer and self.optimizer.name in ("muon", "soap"):
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from runtime import checkpoint, distributed
 from runtime.experiment import load_experiment
 from runtime.files import locked
 from tests.conftest import OPTIMIZERS, ROOT, newest_state, read_lines
-from train import accumulate_gradient, hutchinson, learning_rate, summed_sampled_loss
+from train import accumulate_gradient, hutchinson, summed_sampled_loss
 
 Runner = Callable[..., None]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -42,20 +41,6 @@ def torchrun(
     command += map(str, arguments)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-
-
-def test_learning_rate_has_warmup_and_cosine_decay(experiment: Path) -> None:
-    overrides = {"train.max_steps": "100", "train.warmup_steps": "10"}
-    config = load_experiment(experiment, "adamw", overrides)
-
-    rates = [learning_rate(config, step) / config.optimizer.lr for step in range(101)]
-
-    assert rates[0] == pytest.approx(1 / 11)
-    assert rates[9] == pytest.approx(10 / 11)
-    assert rates[10] == 1
-    assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
-    assert rates[100] == pytest.approx(0.05)
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_gradients_of_several_ranks_stay_in_the_buckets(

@@ -1,0 +1,109 @@
+"""Test the learning rate's schedules, and runs that branch off another one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from analysis.report import make_report
+from analysis.runs import find_runs
+from runtime.experiment import load_experiment
+from tests.conftest import read_lines
+from tests.test_train import refuse
+from train import learning_rate
+
+Runner = Callable[..., None]
+
+
+def test_learning_rate_has_warmup_and_cosine_decay(experiment: Path) -> None:
+    overrides = {"train.max_steps": "100", "train.warmup_steps": "10"}
+    config = load_experiment(experiment, "adamw", overrides)
+
+    rates = [learning_rate(config, step) / config.optimizer.lr for step in range(101)]
+
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[9] == pytest.approx(10 / 11)
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
+    assert rates[100] == pytest.approx(0.05)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_linear_and_wsd_schedules(experiment: Path) -> None:
+    def rates(**keys: str) -> list[float]:
+        overrides = {"train.max_steps": "100", "train.warmup_steps": "10"}
+        overrides |= {f"train.{key}": value for key, value in keys.items()}
+        config = load_experiment(experiment, "adamw", overrides)
+        return [learning_rate(config, step) / config.optimizer.lr for step in range(101)]
+
+    linear = rates(schedule="linear", final_lr_ratio="0.1")
+    assert linear[:10] == rates()[:10]  # the same warm-up
+    for step in range(10, 101):
+        assert linear[step] == pytest.approx(1 - 0.9 * (step - 10) / 90)
+
+    wsd = rates(schedule="wsd", decay_share="0.25", final_lr_ratio="0")
+    assert wsd[:10] == rates()[:10]
+    assert wsd[10:76] == [1.0] * 66
+    for step in range(75, 101):
+        assert wsd[step] == pytest.approx((100 - step) / 25)
+
+
+# ---- Branches ------------------------------------------------------------------------------------
+
+WSD = ("--train.schedule=wsd", "--train.decay_share=0.5", "--train.keep_checkpoints=9")
+
+
+@pytest.mark.parametrize("run", ["adamw", "sophia-g", "sophia-h"])
+def test_branch_equals_a_run_with_its_own_horizon(
+    run: str, experiment: Path, run_train: Runner, tmp_path: Path, capsys
+) -> None:
+    """Train 24 steps, and branch off after 6 for a horizon of 12; checkpoints are made in between.
+
+    The branch is stopped and resumed as well.
+    """
+    arguments = [experiment, f"--run={run}", *WSD, "--train.checkpoint_interval=3"]
+    run_train(*arguments, "--name=long", "--train.max_steps=24")
+    short = [*arguments, "--train.max_steps=12"]
+    run_train(*short, "--name=whole")
+    run_train(*short, "--name=branch", "--branch-from=long@6")
+    folder = tmp_path / "out/tiny"
+    assert f"start             after step 6, from {folder}/long/" in capsys.readouterr().out
+
+    (folder / "branch/step_00000012.pt").unlink()
+    run_train(*short, "--name=branch", "--branch-from=long@6", "--resume")
+    assert f"after step 9, from {folder}/branch/" in capsys.readouterr().out
+
+    for key in ("loss", "val_loss"):
+        assert read_lines(folder / "branch", key) == read_lines(folder / "whole", key)
+    environment = json.loads((folder / "branch/environment.json").read_text())
+    assert environment["branched_from"] == "long@6"
+    assert json.loads((folder / "whole/environment.json").read_text())["branched_from"] is None
+    runs = find_runs([folder / "branch", folder / "whole"])
+    assert "note: tiny/branch is a branch of long@6" in make_report(runs, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--branch-from=long", "must be RUN@STEP, such as adamw@8000"),
+        ("--branch-from=long@7", "does not exist; checkpoints of that run: 3, 6, 9,"),
+        ("--branch-from=none@6", "does not exist; checkpoints of that run: none"),
+        ("--branch-from=long@9", "step 9 is not in the stable phase of branch"),
+        ("--branch-from=long@6 --train.schedule=cosine", "was started with train.schedule = 'wsd'"),
+        ("--branch-from=long@6 --optimizer.lr=0.5", "was started with optimizer.lr = "),
+        ("--branch-from=long@6 --train.seed=5", "was started with train.seed = "),
+    ],
+)
+def test_branches_that_are_not_the_same_run_are_refused(
+    arguments: str, message: str, experiment: Path, run_train: Runner, tmp_path: Path, capsys
+) -> None:
+    common = [experiment, "--run=adamw", *WSD, "--train.checkpoint_interval=3"]
+    run_train(*common, "--name=long", "--train.max_steps=24")
+    capsys.readouterr()
+    error = refuse(run_train, capsys, *common, "--name=branch", *arguments.split())
+    assert message in error
+    assert not (tmp_path / "out/tiny/branch").exists()
