@@ -235,7 +235,7 @@ def train(run: Run, progress: Progress, log: RunLog | None) -> int:
     """
     options = run.config.train
     signals = distributed.catch_signals()
-    saved_at = (progress.step, progress.validated_step)
+    saved_step = progress.step  # of the newest checkpoint
     pending: Records = []  # steps whose numbers are still on the device
 
     while True:
@@ -249,15 +249,20 @@ def train(run: Run, progress: Progress, log: RunLog | None) -> int:
         if pending and (saving or validating or step % options.log_interval == 0):
             log_steps(run, pending, progress, log)
             pending.clear()
-        if validating:  # also before the first update
-            validate(run, progress, log)
 
-        if saving and step > 0 and (step, progress.validated_step) != saved_at:
+        # Save first: a run that is killed while it validates loses nothing, and validates again.
+        if saving and step > saved_step:
             if is_finite(run, progress):
                 save(run, progress, log)
-                saved_at = (step, progress.validated_step)
+                saved_step = step
             elif log:
                 log.message(f"step {step}: not saved, weights, loss or gradient are not finite")
+        if validating:  # also before the first update
+            validate(run, progress, log)
+            if 0 < step == saved_step and progress.val_loss < progress.best_loss:
+                progress.best_loss, progress.best_step = progress.val_loss, step
+            if ending and step == saved_step:
+                save(run, progress, log)  # once more, as the checkpoint of a finished run
 
         if ending:
             break
@@ -602,9 +607,6 @@ def is_finite(run: Run, progress: Progress) -> bool:
 
 def save(run: Run, progress: Progress, log: RunLog | None) -> None:
     """Write a checkpoint, after the log of all that it contains. All ranks must call it."""
-    if progress.validated_step == progress.step and progress.val_loss < progress.best_loss:
-        progress.best_loss, progress.best_step = progress.val_loss, progress.step
-
     optimizer_state = state.gather_state(run.optimizer, run.model)
     with distributed.errors_on_all_ranks():
         if log:

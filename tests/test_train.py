@@ -26,6 +26,7 @@ from data.batches import window_offsets
 from runtime import checkpoint, distributed
 from runtime.experiment import load_experiment
 from runtime.files import locked
+from runtime.metrics import RunLog
 from tests.conftest import OPTIMIZERS, ROOT, newest_state, read_lines
 from train import accumulate_gradient, hutchinson, summed_sampled_loss
 
@@ -384,6 +385,40 @@ def test_newest_and_best_checkpoints_are_kept(
     run_train(experiment, "--run=adamw", "--train.checkpoint_interval=2", "--train.eval_interval=2")
     names = [path.name for path in checkpoint.checkpoints(tmp_path / "out/tiny/adamw")]
     assert names == ["step_00000004.pt", "step_00000010.pt", "step_00000012.pt"]
+
+
+@pytest.mark.parametrize("killed_at", [4, 8, 12])
+def test_run_killed_in_a_validation_loses_no_step(
+    killed_at: int,
+    experiment: Path,
+    run_train: Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = ("--train.checkpoint_interval=4", "--train.keep_checkpoints=1")
+    run_train(experiment, "--run=adamw", *keys, "--name=whole")
+    folder = tmp_path / "out/tiny"
+
+    validate = train.validate
+
+    def killed(run: train.Run, progress: train.Progress, log: RunLog | None) -> None:
+        if progress.step == killed_at:
+            raise KeyboardInterrupt
+        validate(run, progress, log)
+
+    monkeypatch.setattr(train, "validate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(experiment, "--run=adamw", *keys, "--name=parts")
+    monkeypatch.undo()
+    assert checkpoint.path_of(folder / "parts", killed_at).exists()
+
+    run_train(experiment, "--run=adamw", *keys, "--name=parts", "--resume")
+    whole, parts = newest_state(folder / "whole"), newest_state(folder / "parts")
+    for key in ("step", "validated_step", "best_step", "best_loss"):
+        assert parts[key] == whole[key]
+    assert parts["best_step"] == parts["validated_step"] == 12
+    for key in ("loss", "val_loss"):
+        assert read_lines(folder / "parts", key) == read_lines(folder / "whole", key)
 
 
 def refuse(run_train: Runner, capsys, *arguments: object) -> str:
