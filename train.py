@@ -35,7 +35,7 @@ from data.token_files import fingerprints, open_tokens, read_meta
 from model import GPT, summed_loss
 from optimizers import state
 from optimizers.adahessian import random_signs
-from optimizers.build import make_optimizer
+from optimizers.build import check_optimizer, make_optimizer
 from runtime import checkpoint, distributed, hugging_face, plan, trackers
 from runtime.arguments import parse_command_line
 from runtime.cli import UserError, reason, run_main
@@ -104,6 +104,7 @@ def prepare_and_train(ranks: Ranks) -> int:
     """
     with distributed.errors_on_all_ranks():
         config, flags = parse_command_line(sys.argv[1:])
+        check_optimizer(config)
         device = distributed.find_device(config.train)
         plan.check_divisible(config, ranks.world_size)
     if distributed.max_over_ranks(flags.dry_run):

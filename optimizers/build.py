@@ -6,14 +6,15 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW, Muon, Optimizer
 
+from optimizers import imported
 from optimizers.adahessian import AdaHessian
 from optimizers.lion import Lion
 from optimizers.sophia_ablation import SophiaAblation
-from optimizers.state import ChainedOptimizer
-from runtime.cli import UserError
-from runtime.config import Config, MuonConfig, SoapConfig
+from optimizers.state import ChainedOptimizer, local_shard
+from runtime.cli import UserError, reason, warn
+from runtime.config import Config, ImportedConfig, MuonConfig, SoapConfig
 from sophia import SophiaG, SophiaH
 
 CLASSES: dict[str, Any] = {
@@ -28,6 +29,12 @@ CLASSES: dict[str, Any] = {
 OPTIONS = ("eps", "rho", "average", "update")
 
 
+def check_optimizer(config: Config) -> None:
+    """Refuse an optimizer that cannot be imported, or arguments that it does not take."""
+    if isinstance(config.optimizer, ImportedConfig):
+        imported.constructor_arguments(config.optimizer)
+
+
 def make_optimizer(config: Config, model: nn.Module) -> Any:
     """Return the config's optimizer: an Optimizer, or something with the same methods."""
     optimizer = config.optimizer
@@ -36,6 +43,8 @@ def make_optimizer(config: Config, model: nn.Module) -> Any:
         return make_muon(optimizer, groups)
     if isinstance(optimizer, SoapConfig):
         return make_soap(optimizer, groups)
+    if isinstance(optimizer, ImportedConfig):
+        return make_imported(config, optimizer, groups)
 
     options: dict[str, Any] = {"lr": optimizer.lr, "betas": (optimizer.beta1, optimizer.beta2)}
     for key in OPTIONS:
@@ -45,13 +54,22 @@ def make_optimizer(config: Config, model: nn.Module) -> Any:
         # torch's AdamW has a fused kernel; ours are made by torch.compile.
         options["fused"] = optimizer.name == "adamw" or config.train.compile
 
+    return construct(config, CLASSES[optimizer.name], groups, options)
+
+
+def construct(
+    config: Config,
+    optimizer_class: type[Optimizer],
+    groups: list[dict[str, Any]],
+    options: dict[str, Any],
+) -> Optimizer:
+    """Return an optimizer, which shares its state out over the ranks if the config says so."""
     if config.train.shard_optimizer and dist.is_initialized():
         # Imported here because it takes a second.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        optimizer_class = CLASSES[optimizer.name]
         return ZeroRedundancyOptimizer(groups, optimizer_class=optimizer_class, **options)
-    return CLASSES[optimizer.name](groups, **options)
+    return optimizer_class(groups, **options)
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -84,6 +102,30 @@ def make_muon(optimizer: MuonConfig, groups: list[dict[str, Any]]) -> ChainedOpt
     betas = (optimizer.beta1, optimizer.beta2)
     adamw = AdamW([others], lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)
     return ChainedOptimizer(muon, adamw)
+
+
+def make_imported(
+    config: Config, optimizer: ImportedConfig, groups: list[dict[str, Any]]
+) -> Optimizer:
+    """Return the optimizer that optimizer.name = "package.module:Class" names.
+
+    Raises:
+        UserError: if its constructor refuses the arguments.
+    """
+    optimizer_class = imported.skipping(imported.find_class(optimizer))
+    options = imported.constructor_arguments(optimizer)
+    try:
+        made = construct(config, optimizer_class, groups, options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{optimizer.name} refuses its arguments: {reason(error)}") from error
+
+    is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first_rank and not imported.can_skip(local_shard(made)):
+        warn(
+            f"{optimizer.name} cannot skip a step whose gradient is not finite on the device, so "
+            f"every step waits for it"
+        )
+    return made
 
 
 def make_soap(optimizer: SoapConfig, groups: list[dict[str, Any]]) -> ChainedOptimizer:

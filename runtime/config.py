@@ -9,7 +9,15 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from model import ModelConfig
@@ -17,6 +25,7 @@ from runtime.cli import UserError
 from runtime.run_folder import ROOT
 
 PATH = r"^[^\x00-\x1f]+$"  # no control characters
+IMPORTED = "package.module:Class"  # how --help calls the name of an imported optimizer
 
 
 class Section(BaseModel):
@@ -114,12 +123,8 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """The keys that every optimizer has."""
 
-    name: str = Field(description="the optimizer")
+    name: str = Field(description="one of the list above, or package.module:Class")
     lr: float = Field(gt=0, description="peak learning rate")
-    beta1: float = Field(ge=0, lt=1, description="decay of the momentum")
-    beta2: float = Field(
-        ge=0, lt=1, description="decay of the second moment, or of Sophia's Hessian estimate"
-    )
     weight_decay: float = Field(
         ge=0, description="decoupled, multiplied by lr; applied to weight matrices only"
     )
@@ -130,7 +135,14 @@ class OptimizerConfig(Section):
         return "none"
 
 
-class _WithEps(OptimizerConfig):
+class _WithBetas(OptimizerConfig):
+    beta1: float = Field(ge=0, lt=1, description="decay of the momentum")
+    beta2: float = Field(
+        ge=0, lt=1, description="decay of the second moment, or of Sophia's Hessian estimate"
+    )
+
+
+class _WithEps(_WithBetas):
     eps: float = Field(gt=0, description="added to the denominator; Sophia: lower bound of rho·h")
 
 
@@ -153,7 +165,7 @@ class AdamWConfig(_WithEps):
     name: Literal["adamw"]
 
 
-class LionConfig(OptimizerConfig):
+class LionConfig(_WithBetas):
     """Lion, optimizers/lion.py."""
 
     name: Literal["lion"]
@@ -240,7 +252,16 @@ class SoapConfig(_WithEps):
     name: Literal["soap"]
 
 
-AnyOptimizer = Annotated[
+class ImportedConfig(OptimizerConfig):
+    """Any other optimizer: PyTorch's, a library's, or one in a file of yours."""
+
+    name: str = Field(pattern=r"^[\w.]+:\w+$")
+    options: dict[str, Any] = Field(
+        {}, description="package.module:Class: further arguments of its constructor"
+    )
+
+
+BuiltIn = Annotated[
     AdamWConfig
     | LionConfig
     | SophiaGConfig
@@ -252,8 +273,21 @@ AnyOptimizer = Annotated[
     Field(discriminator="name"),
 ]
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {}
-for _schema in get_args(get_args(AnyOptimizer)[0]):
+for _schema in get_args(get_args(BuiltIn)[0]):
     OPTIMIZERS[get_args(_schema.model_fields["name"].annotation)[0]] = _schema
+OPTIMIZERS[IMPORTED] = ImportedConfig
+
+
+def _origin(optimizer: Any) -> str:
+    """Return which side of the union below a table, or an optimizer's config, belongs to."""
+    name = optimizer.get("name") if isinstance(optimizer, dict) else optimizer.name
+    return "imported" if ":" in str(name) else "built-in"
+
+
+AnyOptimizer = Annotated[
+    Annotated[BuiltIn, Tag("built-in")] | Annotated[ImportedConfig, Tag("imported")],
+    Discriminator(_origin),
+]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -446,10 +480,13 @@ def _first_problem(error: ValidationError) -> str:
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     kind, value = problem["type"], problem["input"]
 
+    # Within the optimizer, pydantic names the members of the unions as well as the key.
     location = [str(part) for part in problem["loc"]]
     optimizer = ""
-    if location[:1] == ["optimizer"] and len(location) > 1 and location[1] in OPTIMIZERS:
-        optimizer = location.pop(1)  # the union's tag
+    if location[:1] == ["optimizer"]:
+        members = [part for part in location[1:] if part in (*OPTIMIZERS, "built-in", "imported")]
+        location = [part for part in location if part not in members]
+        optimizer = members[-1] if members else ""
     if ".".join(location[:-1]) in KEYS:
         location.pop()  # the member of a union such as bool | "auto"
     key = ".".join(location)

@@ -407,7 +407,7 @@ def test_run_killed_in_a_validation_loses_no_step(
         validate(run, progress, log)
 
     monkeypatch.setattr(train, "validate", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run_train(experiment, "--run=adamw", *keys, "--name=parts")
     monkeypatch.undo()
     assert checkpoint.path_of(folder / "parts", killed_at).exists()
