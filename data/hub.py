@@ -1,4 +1,4 @@
-"""Download OpenWebText's parquet shards from the Hugging Face hub, ahead of their reader.
+"""Download a dataset's parquet shards from the Hugging Face hub, ahead of their reader.
 
 A broken download is continued where it broke off, also by another process, with growing pauses
 between the attempts, until nothing has arrived for ten minutes.
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +25,6 @@ from tqdm import tqdm
 
 from data.documents import read_documents
 from runtime.cli import UserError, reason
-
-HUB_ID = "Skylion007/openwebtext"
-HUB_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
-HUB_SHARDS = [f"plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)]
-HUB_DOCUMENTS = 8_013_769
 
 AHEAD = 2  # shards that are downloaded while an earlier one is tokenized
 # Seconds between attempts, ten minutes in all.
@@ -38,45 +34,81 @@ RETRIED = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses of temporary prob
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 DISK_ERRORS |= {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
-SHARD_BYTES = 24e9 / len(HUB_SHARDS)
-TOKEN_BYTES = 2 * 9.04e9 / HUB_DOCUMENTS  # per document of OpenWebText, on average
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset on the hub at a pinned revision."""
+
+    hub_id: str
+    revision: str
+    shards: tuple[str, ...]  # parquet files with a column named text
+    documents: int
+    size: float  # bytes of all shards
+    tokens: float  # of GPT-2, about
+    nanogpt_tokens: dict[str, int] = field(default_factory=dict)  # by split, if nanoGPT has it
+
+    @property
+    def shard_bytes(self) -> float:
+        return self.size / len(self.shards)
+
+    def shards_needed(self, n_documents: int) -> int:
+        """Return how many shards have the first `n_documents`, on average."""
+        return min(math.ceil(n_documents / self.documents * len(self.shards)), len(self.shards))
 
 
-def shards_needed(n_documents: int) -> int:
-    """Return how many shards have the first `n_documents`, on average."""
-    return min(math.ceil(n_documents / HUB_DOCUMENTS * len(HUB_SHARDS)), len(HUB_SHARDS))
+OPENWEBTEXT = HubDataset(
+    hub_id="Skylion007/openwebtext",
+    revision="79d93d786212f7344586290adb811d4ae6a1762c",
+    shards=tuple(f"plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)),
+    documents=8_013_769,
+    size=24e9,
+    tokens=9.04e9,
+    # From nanoGPT's README, for the archive's older order of documents.
+    nanogpt_tokens={"train": 9_035_582_198, "val": 4_434_897},
+)
+FINEWEB_EDU = HubDataset(  # its sample of 10 billion tokens
+    hub_id="HuggingFaceFW/fineweb-edu",
+    revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+    shards=tuple(f"sample/10BT/{i:03d}_00000.parquet" for i in range(14)),
+    documents=9_672_101,
+    size=28.5e9,
+    tokens=10e9,
+)
 
 
-def hub_shards(folder: Path, n_documents: int, keep: bool) -> list[Callable[[], Iterator[str]]]:
-    """Return a reader for each of the hub's shards.
+def hub_shards(
+    dataset: HubDataset, folder: Path, n_documents: int, keep: bool
+) -> list[Callable[[], Iterator[str]]]:
+    """Return a reader for each of the dataset's shards.
 
     When one is called, the downloads of the next shards start, as far as `n_documents` need them.
 
     Args:
+        dataset: what to download.
         folder: where the shards are downloaded to.
         n_documents: how many documents will be read, at most.
         keep: keep a shard in `folder` after it was read.
     """
     downloads: dict[int, Future[Path]] = {}
-    needed = shards_needed(n_documents)
+    needed = dataset.shards_needed(n_documents)
 
     def read(index: int) -> Iterator[str]:
         for following in range(index, min(index + AHEAD + 1, max(needed, index + 1))):
             if following not in downloads:
-                downloads[following] = _in_background(partial(download, following, folder))
+                downloads[following] = _in_background(partial(download, dataset, following, folder))
         if not downloads[index].done():
-            tqdm.write(f"waiting for the download of {HUB_SHARDS[index]}", file=sys.stderr)
+            tqdm.write(f"waiting for the download of {dataset.shards[index]}", file=sys.stderr)
         path = downloads.pop(index).result()
         yield from read_documents(path)
         if not keep and path.parent == folder:  # not one that was in the hub's cache before
             path.unlink()
 
-    return [partial(read, index) for index in range(len(HUB_SHARDS))]
+    return [partial(read, index) for index in range(len(dataset.shards))]
 
 
-def remove_downloads(folder: Path) -> None:
+def remove_downloads(dataset: HubDataset, folder: Path) -> None:
     """Remove the shards in a folder of downloads, whole or not, and the folder if it is empty."""
-    for shard in HUB_SHARDS:
+    for shard in dataset.shards:
         path = folder / Path(shard).name
         path.unlink(missing_ok=True)
         path.with_name(path.name + ".partial").unlink(missing_ok=True)
@@ -101,7 +133,7 @@ def _in_background(function: Callable[[], Path]) -> Future[Path]:
 # ---- One shard -----------------------------------------------------------------------------------
 
 
-def download(index: int, folder: Path) -> Path:
+def download(dataset: HubDataset, index: int, folder: Path) -> Path:
     """Return the path of a shard: in the hub's cache, or in `folder`, downloaded if necessary.
 
     Raises:
@@ -110,8 +142,8 @@ def download(index: int, folder: Path) -> Path:
     import httpx2
     from huggingface_hub import try_to_load_from_cache
 
-    shard = HUB_SHARDS[index]
-    cached = try_to_load_from_cache(HUB_ID, shard, repo_type="dataset", revision=HUB_REVISION)
+    shard, revision = dataset.shards[index], dataset.revision
+    cached = try_to_load_from_cache(dataset.hub_id, shard, repo_type="dataset", revision=revision)
     if isinstance(cached, str):
         return Path(cached)
 
@@ -122,15 +154,16 @@ def download(index: int, folder: Path) -> Path:
     while not path.exists():
         before = _size(unfinished)
         try:
-            _fetch(shard, unfinished)
+            _fetch(dataset, shard, unfinished)
             os.replace(unfinished, path)
         except (OSError, httpx2.HTTPError) as error:
             if _size(unfinished) > before:
                 attempt = 1  # a part of the shard has arrived
             if attempt > len(PAUSES) or not _is_temporary(error):
                 raise UserError(
-                    f"{HUB_ID}/{shard}: download failed in attempt {attempt} ({_problem(error)}); "
-                    f"run the same command again to continue, or use local files with --files"
+                    f"{dataset.hub_id}/{shard}: download failed in attempt {attempt} "
+                    f"({_problem(error)}); run the same command again to continue, or use local "
+                    f"files with --files"
                 ) from error
             pause = max(PAUSES[attempt - 1], _retry_after(error))
             message = f"attempt {attempt} of {len(PAUSES) + 1} failed ({_problem(error)})"
@@ -140,7 +173,7 @@ def download(index: int, folder: Path) -> Path:
     return path
 
 
-def _fetch(shard: str, path: Path) -> None:
+def _fetch(dataset: HubDataset, shard: str, path: Path) -> None:
     """Download a shard to `path`, continuing after the bytes that are there.
 
     Raises:
@@ -152,7 +185,7 @@ def _fetch(shard: str, path: Path) -> None:
 
     disable_progress_bars()  # several downloads at once would overwrite each other's
     logging.set_verbosity_error()  # every retry would print several lines
-    url = hf_hub_url(HUB_ID, shard, repo_type="dataset", revision=HUB_REVISION)
+    url = hf_hub_url(dataset.hub_id, shard, repo_type="dataset", revision=dataset.revision)
     metadata = get_hf_file_metadata(url)
     if metadata.size is not None and _size(path) > metadata.size:
         path.unlink()
@@ -214,10 +247,11 @@ def _problem(error: Exception) -> str:
 # ---- Disk ----------------------------------------------------------------------------------------
 
 
-def check_disk(out: Path, folder: Path, n_documents: int, keep: bool) -> None:
+def check_disk(dataset: HubDataset, out: Path, folder: Path, n_documents: int, keep: bool) -> None:
     """Print how much disk the preparation takes, and refuse it if there is not that much.
 
     Args:
+        dataset: what is downloaded.
         out: the folder of the token files.
         folder: the folder of the downloads, in `out`.
         n_documents: how many documents are tokenized.
@@ -226,9 +260,9 @@ def check_disk(out: Path, folder: Path, n_documents: int, keep: bool) -> None:
     Raises:
         UserError: if the disk of `out` has too little space.
     """
-    needed = shards_needed(n_documents)
-    tokens = TOKEN_BYTES * n_documents
-    downloads = SHARD_BYTES * (needed if keep else min(needed, AHEAD + 1))
+    needed = dataset.shards_needed(n_documents)
+    tokens = 2 * dataset.tokens * n_documents / dataset.documents
+    downloads = dataset.shard_bytes * (needed if keep else min(needed, AHEAD + 1))
     what = "kept" if keep else "each removed once it is read; --keep-downloads keeps them"
     print(
         f"{out}: {tokens / 1e9:.3g} GB of tokens, and at most {downloads / 1e9:.3g} GB of "

@@ -15,16 +15,17 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from data.hub import HUB_REVISION, HUB_SHARDS
+from data.hub import OPENWEBTEXT, HubDataset
 
 RETRY_AFTER = 2  # seconds
 CHUNK = 10_000  # bytes that small_hub.py writes to the disk at once
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves files by the names of OpenWebText's shards.
+    """Serves files by the names of a dataset's shards.
 
     Args:
+        dataset: whose shards they are.
         files: content by the name of a shard.
         faults: by the name of a shard, what happens in its first downloads, one after the other:
             "truncate" sends a third and closes the connection, "delay" stops for three seconds in
@@ -33,8 +34,14 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, files: dict[str, bytes], faults: dict[str, list[str | int]]) -> None:
+    def __init__(
+        self,
+        dataset: HubDataset,
+        files: dict[str, bytes],
+        faults: dict[str, list[str | int]],
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.dataset = dataset
         self.files = files
         self.faults = {name: list(planned) for name, planned in faults.items()}
         self.log: list[tuple[float, str, int]] = []  # time, shard, first byte of each download
@@ -65,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self) -> None:
         """Redirect to the file's address, with its size and sha256."""
-        name = self.path.partition(f"/resolve/{HUB_REVISION}/")[2]
+        dataset = self.server.dataset
+        name = self.path.partition(f"/datasets/{dataset.hub_id}/resolve/{dataset.revision}/")[2]
         if name not in self.server.files:
             self.answer(404, {"X-Error-Code": "EntryNotFound"})
             return
@@ -74,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
             # Another host, as with the hub: its client follows only redirects of the same host
             # when it asks for a file's size.
             "Location": f"http://localhost:{self.server.server_address[1]}/cdn/{name}",
-            "X-Repo-Commit": HUB_REVISION,
+            "X-Repo-Commit": dataset.revision,
             "X-Linked-Size": str(len(content)),
             "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
         }
@@ -124,12 +132,14 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve_hub(
-    folder: Path, faults: dict[str, list[str | int]] | None = None
+    folder: Path,
+    faults: dict[str, list[str | int]] | None = None,
+    dataset: HubDataset = OPENWEBTEXT,
 ) -> Iterator[HubServer]:
-    """Serve a folder's parquet files, in their order, as the hub's first shards."""
+    """Serve a folder's parquet files, in their order, as the dataset's first shards."""
     paths = sorted(folder.glob("*.parquet"))
-    files = {HUB_SHARDS[i]: path.read_bytes() for i, path in enumerate(paths)}
-    server = HubServer(files, faults or {})
+    files = {dataset.shards[i]: path.read_bytes() for i, path in enumerate(paths)}
+    server = HubServer(dataset, files, faults or {})
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

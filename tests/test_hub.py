@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import hub
-from data.hub import HUB_SHARDS
+from data.hub import FINEWEB_EDU, OPENWEBTEXT
 from tests.conftest import ROOT
 from tests.hub_server import CHUNK, RETRY_AFTER, HubServer, serve_hub
 
 PAUSES = ("0.1", "0.1", "0.1", "0.1")
 LIMIT = 5 * 30
-NAMES = [Path(shard).name for shard in HUB_SHARDS]
+SHARDS = OPENWEBTEXT.shards
+NAMES = [Path(shard).name for shard in SHARDS]
+SMALL = replace(OPENWEBTEXT, documents=30 * len(SHARDS))
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +41,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    address: str, out: Path, *arguments: str, pauses: tuple[str, ...] = PAUSES
+    address: str,
+    out: Path,
+    *arguments: str,
+    pauses: tuple[str, ...] = PAUSES,
+    folder: str = "openwebtext",
 ) -> subprocess.Popen:
     """Start prepare.py with the server at `address` as its hub."""
-    command = [sys.executable, str(ROOT / "tests/small_hub.py"), *pauses, "--"]
+    command = [sys.executable, str(ROOT / "tests/small_hub.py"), *pauses, "--", folder]
     command += ["--limit", str(LIMIT), "--out", str(out), "--workers", "1", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": address}
     environment |= {"HF_HOME": str(out.parent / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
@@ -64,7 +71,7 @@ def hashes(out: Path) -> dict[str, str]:
 
 def received(server: HubServer) -> int:
     """Return how much of the first shard is on the disk after a truncated download."""
-    third = len(server.files[HUB_SHARDS[0]]) // 3
+    third = len(server.files[SHARDS[0]]) // 3
     return third // CHUNK * CHUNK
 
 
@@ -76,7 +83,7 @@ def expected(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         status, text = prepare(server.address, out)
         assert status == 0, text
         assert "GB of downloads at a time" in text
-        assert [server.starts(name) for name in HUB_SHARDS[:5]] == [[0]] * 5
+        assert [server.starts(name) for name in SHARDS[:5]] == [[0]] * 5
     # Downloads are removed once they are read.
     assert {path.name for path in out.iterdir()} == {"train.bin", "val.bin", "meta.json"}
 
@@ -87,11 +94,11 @@ def expected(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def test_faults_change_nothing(shards: Path, expected: dict[str, str], tmp_path: Path) -> None:
     faults: dict[str, list[str | int]] = {
-        HUB_SHARDS[0]: ["truncate", 503],
-        HUB_SHARDS[1]: ["delay", 500, 502, 504],
-        HUB_SHARDS[2]: ["flip"],
-        HUB_SHARDS[3]: [429],
-        HUB_SHARDS[4]: ["truncate", "truncate", 503, "truncate", 503],
+        SHARDS[0]: ["truncate", 503],
+        SHARDS[1]: ["delay", 500, 502, 504],
+        SHARDS[2]: ["flip"],
+        SHARDS[3]: [429],
+        SHARDS[4]: ["truncate", "truncate", 503, "truncate", 503],
     }
     with serve_hub(shards, faults) as server:
         status, text = prepare(server.address, tmp_path / "data")
@@ -100,8 +107,8 @@ def test_faults_change_nothing(shards: Path, expected: dict[str, str], tmp_path:
         assert not any(server.faults.values())  # all of them have happened
 
     # Continued, not begun again.
-    assert server.starts(HUB_SHARDS[0]) == [0, received(server), received(server)]
-    assert server.starts(HUB_SHARDS[4])[-1] > 2 * received(server)
+    assert server.starts(SHARDS[0]) == [0, received(server), received(server)]
+    assert server.starts(SHARDS[4])[-1] > 2 * received(server)
 
     # What has failed is named, with the shard and the attempt.
     assert f"{NAMES[0]}: attempt 1 of 5 failed (HTTP 503)" in text
@@ -109,7 +116,7 @@ def test_faults_change_nothing(shards: Path, expected: dict[str, str], tmp_path:
     assert f"{NAMES[2]}: attempt 1 of 5 failed (its sha256 is not the hub's)" in text
 
     # Servers that ask for patience get it.
-    times = [moment for moment, name, _ in server.log if name == HUB_SHARDS[3]]
+    times = [moment for moment, name, _ in server.log if name == SHARDS[3]]
     assert times[1] - times[0] >= RETRY_AFTER
 
 
@@ -117,7 +124,7 @@ def test_next_shards_are_downloaded_ahead(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "downloads"
     with serve_hub(shards) as server, pytest.MonkeyPatch.context() as patch:
         use_server(patch, server, tmp_path)
-        readers = hub.hub_shards(folder, LIMIT, keep=False)
+        readers = hub.hub_shards(SMALL, folder, LIMIT, keep=False)
         reader = readers[0]()
         next(reader)
         wait_for_files(folder, 3)
@@ -132,7 +139,7 @@ def test_next_shards_are_downloaded_ahead(shards: Path, tmp_path: Path) -> None:
     # No more than the documents need.
     with serve_hub(shards) as server, pytest.MonkeyPatch.context() as patch:
         use_server(patch, server, tmp_path)
-        next(hub.hub_shards(tmp_path / "few", 31, keep=False)[0]())
+        next(hub.hub_shards(SMALL, tmp_path / "few", 31, keep=False)[0]())
         wait_for_files(tmp_path / "few", 2)
         time.sleep(0.5)
         assert len(list((tmp_path / "few").iterdir())) == 2
@@ -146,7 +153,6 @@ def use_server(patch: pytest.MonkeyPatch, server: HubServer, folder: Path) -> No
     patch.setattr(constants, "ENDPOINT", server.address)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
-    patch.setattr(hub, "HUB_DOCUMENTS", 30 * len(HUB_SHARDS))
 
 
 def wait_for_files(folder: Path, count: int) -> None:
@@ -157,11 +163,21 @@ def wait_for_files(folder: Path, count: int) -> None:
     raise AssertionError(f"{list(folder.iterdir())} instead of {count} files")
 
 
+def test_fineweb_edu_is_prepared_from_its_own_shards(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    with serve_hub(shards, dataset=FINEWEB_EDU) as server:
+        status, text = prepare(server.address, out, folder="fineweb_edu")
+    assert status == 0, text
+    source = json.loads((out / "meta.json").read_text())["recipe"]["source"]
+    assert source == {"hub": FINEWEB_EDU.hub_id, "revision": FINEWEB_EDU.revision}
+    assert "nanoGPT" not in text
+
+
 def test_killed_download_is_continued(
     shards: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "data"
-    with serve_hub(shards, {HUB_SHARDS[0]: ["truncate", 503, 503, 503, 503]}) as server:
+    with serve_hub(shards, {SHARDS[0]: ["truncate", 503, 503, 503, 503]}) as server:
         process = start(server.address, out, pauses=("60",))
         unfinished = out / f"downloads/{NAMES[0]}.partial"
         while not unfinished.exists() or unfinished.stat().st_size == 0:
@@ -172,7 +188,7 @@ def test_killed_download_is_continued(
     with serve_hub(shards) as server:
         status, text = prepare(server.address, out, "--keep-downloads")
         assert status == 0, text
-        assert server.starts(HUB_SHARDS[0]) == [received(server)]
+        assert server.starts(SHARDS[0]) == [received(server)]
     assert hashes(out) == expected
 
     # Kept downloads stay, also if the same command is repeated without the option.
@@ -195,7 +211,7 @@ def test_hopeless_downloads_end_in_one_line(shards: Path, tmp_path: Path) -> Non
     # 404 at once; a server that only fails, after all attempts.
     with serve_hub(tmp_path) as server:
         assert "download failed in attempt 1 (HTTP 404)" in error(server.address, "60")
-    with serve_hub(shards, {HUB_SHARDS[0]: [503, 503, 503]}) as server:
+    with serve_hub(shards, {SHARDS[0]: [503, 503, 503]}) as server:
         assert "download failed in attempt 3 (HTTP 503)" in error(server.address, "0.1", "0.1")
 
     # Without a network.
@@ -215,7 +231,8 @@ def test_pauses_last_for_minutes() -> None:
 def test_too_little_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    arguments = (tmp_path / "out", tmp_path / "out/downloads", hub.HUB_DOCUMENTS)
+    out, documents = tmp_path / "out", OPENWEBTEXT.documents
+    arguments = (OPENWEBTEXT, out, out / "downloads", documents)
     monkeypatch.setattr("shutil.disk_usage", lambda path: FakeUsage(free=30 * 10**9))
     hub.check_disk(*arguments, keep=False)
     assert "18.1 GB of tokens, and at most 0.9 GB of downloads" in capsys.readouterr().out
