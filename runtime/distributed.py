@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch._inductor import config as inductor
 
 from runtime.cli import SharedError, UserError, describe, reason, warn
 from runtime.config import KEYS, LOCAL_KEYS, Config, TrainConfig, value_of
@@ -136,6 +137,19 @@ def check_device(train: TrainConfig, device: torch.device) -> None:
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{name} has no bfloat16; use --train.dtype=float16 or float32")
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Let equal runs on equal GPUs give equal bits, or not.
+
+    cuBLAS gets a fixed workspace, attention another backward pass, kernels with atomics are
+    replaced or refused, and the compiler does not choose kernels by measuring them.
+    """
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    inductor.deterministic = enabled
+    if enabled:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it is first used
 
 
 def memory_of(device: torch.device) -> int | None:
