@@ -291,12 +291,12 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     """Make one update from batch number `step`.
 
     Returns the record of update number `step` + 1, with loss and gradient norm still on the device.
-    Only float16's scaler, Muon and SOAP need a host sync.
+    Only float16's scaler needs a host sync.
     """
     config, optimizer, world_size = run.config, run.optimizer, run.ranks.world_size
     lr = learning_rate(config, step)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
     # Estimate the Hessian before the step, at the current weights (Algorithm 3).
     times = [timestamp(run.device)]

@@ -1,4 +1,4 @@
-"""The optimizer of a config. AdamW and Muon are torch's, SOAP is pytorch-optimizer's."""
+"""The optimizer of a config. AdamW is torch's."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from optimizers import imported
 from optimizers.adahessian import AdaHessian
 from optimizers.lion import Lion
+from optimizers.muon import Muon
+from optimizers.soap import SOAP
 from optimizers.sophia_ablation import SophiaAblation
 from optimizers.state import ChainedOptimizer, local_shard
 from runtime.cli import UserError, reason, warn
@@ -39,10 +41,8 @@ def make_optimizer(config: Config, model: nn.Module) -> Any:
     """Return the config's optimizer: an Optimizer, or something with the same methods."""
     optimizer = config.optimizer
     groups = weight_decay_groups(model, optimizer.weight_decay)
-    if isinstance(optimizer, MuonConfig):
-        return make_muon(optimizer, groups)
-    if isinstance(optimizer, SoapConfig):
-        return make_soap(optimizer, groups)
+    if isinstance(optimizer, MuonConfig | SoapConfig):
+        return make_with_adamw(config, optimizer, groups)
     if isinstance(optimizer, ImportedConfig):
         return make_imported(config, optimizer, groups)
 
@@ -89,19 +89,26 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     ]
 
 
-def make_muon(optimizer: MuonConfig, groups: list[dict[str, Any]]) -> ChainedOptimizer:
-    """Return Muon for the weight matrices and AdamW for the rest, both with momentum beta1.
+def make_with_adamw(
+    config: Config, optimizer: MuonConfig | SoapConfig, groups: list[dict[str, Any]]
+) -> ChainedOptimizer:
+    """Return Muon or SOAP for the weight matrices, with AdamW for the rest.
 
-    Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982), so that both use the same
-    learning rate.
+    AdamW's learning rate is always the same multiple of the other one.
     """
     matrices, others = groups
-    muon = Muon(
-        [matrices], lr=optimizer.lr, momentum=optimizer.beta1, adjust_lr_fn="match_rms_adamw"
-    )
     betas = (optimizer.beta1, optimizer.beta2)
-    adamw = AdamW([others], lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)
-    return ChainedOptimizer(muon, adamw)
+    if isinstance(optimizer, MuonConfig):
+        main = construct(config, Muon, [matrices], {"momentum": optimizer.beta1})
+    else:
+        options = {"betas": betas, "eps": optimizer.eps}
+        main = construct(config, SOAP, [matrices], options)
+
+    others["weight_decay"] = optimizer.adamw_weight_decay
+    if optimizer.adamw_lr is not None:
+        others["lr_scale"] = optimizer.adamw_lr / optimizer.lr
+    options = {"betas": betas, "eps": optimizer.eps, "fused": True}
+    return ChainedOptimizer(main, construct(config, AdamW, [others], options))
 
 
 def make_imported(
@@ -126,16 +133,3 @@ def make_imported(
             f"every step waits for it"
         )
     return made
-
-
-def make_soap(optimizer: SoapConfig, groups: list[dict[str, Any]]) -> ChainedOptimizer:
-    """Return SOAP (arXiv 2409.11321), with the library's defaults for keys not in the config."""
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError as error:
-        raise UserError(
-            'optimizer.name = "soap" needs a library: '
-            "python -m pip install -r requirements-extras.txt"
-        ) from error
-    betas = (optimizer.beta1, optimizer.beta2)
-    return ChainedOptimizer(SOAP(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps))

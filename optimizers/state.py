@@ -16,28 +16,22 @@ from torch.optim import Optimizer
 
 from sophia import Sophia
 
-# SOAP counts its steps per parameter group. A checkpoint stores the count with each parameter, as
-# AdamW does.
+# SOAP and others count their steps per parameter group. A checkpoint stores the count with each
+# parameter, as AdamW does.
 GROUP_STEP = "group_step"
 
 
 class ChainedOptimizer:
-    """Several optimizers that update different parameters of one model.
-
-    Not all of them can skip a step on the device, so skipping needs a host sync here.
-    """
+    """Several optimizers that update different parameters of one model."""
 
     def __init__(self, *parts: Optimizer) -> None:
         self.parts = parts
-        self.found_inf: Tensor | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:
-        if self.found_inf is not None and self.found_inf.item():
-            return
         for part in self.parts:
             part.step()
 
@@ -48,12 +42,13 @@ class ChainedOptimizer:
 
 def is_sharded(optimizer: Any) -> bool:
     """Return whether each rank keeps only a part of the state."""
-    return hasattr(optimizer, "optim")  # ZeroRedundancyOptimizer's name for its local optimizer
+    # ZeroRedundancyOptimizer calls its local optimizer `optim`.
+    return any(hasattr(part, "optim") for part in _parts(optimizer))
 
 
 def local_shard(optimizer: Any) -> Any:
     """Return the optimizer that holds this rank's state: itself unless it is sharded."""
-    return optimizer.optim if is_sharded(optimizer) else optimizer
+    return getattr(optimizer, "optim", optimizer)
 
 
 def not_finite(value: Tensor) -> Tensor:
@@ -63,20 +58,19 @@ def not_finite(value: Tensor) -> Tensor:
 
 def skip_if(optimizer: Any, not_finite: Tensor) -> None:
     """Make the next step change nothing if `not_finite`, a 0-dim tensor, is 1. No host sync."""
-    local_shard(optimizer).found_inf = not_finite
+    for part in _parts(optimizer):
+        local_shard(part).found_inf = not_finite
 
 
-def _parts(optimizer: Any) -> tuple[Optimizer, ...]:
-    if isinstance(optimizer, ChainedOptimizer):
-        return optimizer.parts
-    return (local_shard(optimizer),)
+def _parts(optimizer: Any) -> tuple[Any, ...]:
+    return optimizer.parts if isinstance(optimizer, ChainedOptimizer) else (optimizer,)
 
 
 def gather_state(optimizer: Any, model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return {parameter name: its state}, complete on rank 0. All ranks must call it."""
     names = {p: name for name, p in model.named_parameters()}
     own: dict[str, dict[str, Any]] = {}
-    for part in _parts(optimizer):
+    for part in map(local_shard, _parts(optimizer)):
         for group in part.param_groups:
             counter = {GROUP_STEP: group["step"]} if "step" in group else {}
             for p in group["params"]:
@@ -110,7 +104,7 @@ def load_state(optimizer: Any, model: nn.Module, saved: dict[str, dict[str, Any]
     if saved.keys() != set(names.values()):
         raise ValueError("the optimizer's state is not complete")
 
-    for part in _parts(optimizer):
+    for part in map(local_shard, _parts(optimizer)):
         params = [p for group in part.param_groups for p in group["params"]]
         state = {index: dict(saved[names[p]]) for index, p in enumerate(params)}
         groups = part.state_dict()["param_groups"]

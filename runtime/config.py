@@ -243,14 +243,21 @@ class AdaHessianConfig(_WithHessian):
         return "hutchinson"
 
 
-class MuonConfig(_WithEps):
-    """PyTorch's Muon for weight matrices, AdamW for the rest."""
+class _WithAdamW(_WithEps):
+    adamw_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of AdamW's part; none: lr"
+    )
+    adamw_weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW's part")
+
+
+class MuonConfig(_WithAdamW):
+    """Muon for weight matrices, optimizers/muon.py; AdamW for embeddings, norms and biases."""
 
     name: Literal["muon"]
 
 
-class SoapConfig(_WithEps):
-    """SOAP, from the package pytorch-optimizer."""
+class SoapConfig(_WithAdamW):
+    """SOAP for weight matrices, optimizers/soap.py; AdamW for embeddings, norms and biases."""
 
     name: Literal["soap"]
 
@@ -338,10 +345,6 @@ class Config(Section):
             raise ValueError(
                 f"train.decay_share {self.train.decay_share} begins the decay at step "
                 f"{self.train.decay_start}, in the warm-up; lower it or train.warmup_steps"
-            )
-        if self.train.shard_optimizer and self.optimizer.name in ("muon", "soap"):
-            raise ValueError(
-                f"train.shard_optimizer does not support {self.optimizer.name}; set it to false"
             )
         return self
 

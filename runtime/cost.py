@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from model import GPT, ModelConfig
+from optimizers import muon, soap
 from runtime.config import Config
 
 FP32_BYTES = 4
@@ -52,8 +53,6 @@ PRODUCT_BYTES = {
 # holds gradients, their derivatives and copies of the weights.
 COMPILED_PRODUCT_PARAMETER_BYTES, EAGER_PRODUCT_PARAMETER_BYTES = 12, 23
 
-SOAP_MAX_DIMENSION = 10_000  # pytorch-optimizer's default: larger sides get no preconditioner
-
 
 @functools.cache
 def num_parameters(config: ModelConfig) -> int:
@@ -73,17 +72,34 @@ def flops_per_token(config: ModelConfig) -> int:
 
 
 def step_flops(config: Config) -> float:
-    """Return the FLOPs of a step, including its share of the Hessian estimates.
+    """Return the FLOPs of a step, including Hessian estimates and the products of Muon and SOAP.
 
-    The optimizer's own arithmetic is not counted: a dozen operations per parameter, or the matrix
-    products of Muon and SOAP.
+    The other arithmetic of optimizers is not counted: a dozen operations per parameter.
     """
     sequences = float(config.train.batch_size)
     if config.hessian_interval:
         hutchinson = config.optimizer.hessian_estimator == "hutchinson"
         gradients = GRADIENTS_PER_HVP if hutchinson else 1
         sequences += gradients * config.hessian_batch_size / config.hessian_interval
-    return sequences * config.model.block_size * flops_per_token(config.model)
+    model = sequences * config.model.block_size * flops_per_token(config.model)
+    return model + optimizer_flops(config)
+
+
+def optimizer_flops(config: Config) -> float:
+    """Return the FLOPs of the matrix products in a step of Muon or SOAP, 0 for others."""
+    C, total = config.model.n_embd, 0.0
+    for rows, columns in ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C)):
+        short, long = min(rows, columns), max(rows, columns)
+        if config.optimizer.name == "muon":
+            # X Xᵀ, its square, and the square times X, in each iteration.
+            total += muon.ITERATIONS * (4 * short**2 * long + 2 * short**3)
+        elif config.optimizer.name == "soap":
+            # From both sides: into the eigenbasis twice, back once, and the averages; every tenth
+            # step a product and a QR decomposition (4/3 n³, and as much again to form Q).
+            sides = 2 * rows * columns * (rows + columns)
+            bases = (2 + 8 / 3) * (rows**3 + columns**3) / soap.FREQUENCY
+            total += 4 * sides + bases
+    return config.model.n_layer * total
 
 
 def activation_bytes(
@@ -132,16 +148,14 @@ def state_sizes(config: Config) -> list[int]:
 
     sizes = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2
-        decays = is_matrix and "blocks" in name
+        decays = parameter.ndim == 2 and "blocks" in name
         momentum_only = config.optimizer.name == "lion" or (
             config.optimizer.name == "muon" and decays
         )
         size = parameter.numel() * (1 if momentum_only else 2)
-        if config.optimizer.name == "soap" and is_matrix:
+        if config.optimizer.name == "soap" and decays:
             # A preconditioner and its eigenbasis for each side.
-            sides = [side for side in parameter.shape if side <= SOAP_MAX_DIMENSION]
-            size += sum(2 * side**2 for side in sides)
+            size += sum(2 * side**2 for side in parameter.shape)
         sizes.append(size)
     return sizes
 
