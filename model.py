@@ -38,6 +38,12 @@ class ModelConfig(BaseModel):
     bias: bool = Field(
         False, description="biases in linear layers and norms, as in OpenAI's weights"
     )
+    mup_base_width: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="n_embd at which the learning rates were tuned, to transfer them (muP); 0: off",
+    )
     causal: bool = Field(
         True, description="predict the next token; false: predict masked tokens from both sides"
     )
@@ -47,6 +53,15 @@ class ModelConfig(BaseModel):
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         return self
+
+    @property
+    def relative_width(self) -> float:
+        """n_embd in multiples of the width at which the learning rates were tuned; 1 without muP.
+
+        From it follow all of muP's changes: initialization and logits here, learning rates, weight
+        decay and Sophia's rho in optimizers/build.py.
+        """
+        return self.n_embd / (self.mup_base_width or self.n_embd)
 
     @property
     def mask_token(self) -> int:
@@ -151,12 +166,15 @@ class GPT(nn.Module):
 
     def _initialize(self) -> None:
         """Initialize like GPT-2: N(0, 0.02²), less for projections into the residual stream."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        linear_std = 0.02 / math.sqrt(self.config.relative_width)
+        residual_std = linear_std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=residual_std)
             elif parameter.ndim == 2:
-                std = residual_std if name.endswith("c_proj.weight") else 0.02
+                std = linear_std if name.startswith("blocks.") else 0.02
                 nn.init.normal_(parameter, std=std)
 
     def forward(
@@ -206,6 +224,8 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Return logits (..., V) for hidden states (..., C), without those of the padding rows."""
+        if self.config.relative_width != 1:
+            x = x / self.config.relative_width
         return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
     def _chunk_loss(self, criterion: Callable[..., Tensor], x: Tensor, *labels: Tensor) -> Tensor:

@@ -39,8 +39,12 @@ def check_optimizer(config: Config) -> None:
 
 def make_optimizer(config: Config, model: nn.Module) -> Any:
     """Return the config's optimizer: an Optimizer, or something with the same methods."""
-    optimizer = config.optimizer
+    optimizer, width = config.optimizer, config.model.relative_width
     groups = weight_decay_groups(model, optimizer.weight_decay)
+    if width != 1:  # muP, see docs/method.md
+        matrices = groups[0]
+        matrices["lr_scale"] = 1 / width
+        matrices["weight_decay"] *= width
     if isinstance(optimizer, MuonConfig | SoapConfig):
         return make_with_adamw(config, optimizer, groups)
     if isinstance(optimizer, ImportedConfig):
@@ -50,6 +54,8 @@ def make_optimizer(config: Config, model: nn.Module) -> Any:
     for key in OPTIONS:
         if hasattr(optimizer, key):
             options[key] = getattr(optimizer, key)
+    if "rho" in options:
+        options["rho"] *= width
     if optimizer.name != "adahessian":
         # torch's AdamW has a fused kernel; ours are made by torch.compile.
         options["fused"] = optimizer.name == "adamw" or config.train.compile

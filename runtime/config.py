@@ -25,6 +25,7 @@ from runtime.cli import UserError
 from runtime.run_folder import ROOT
 
 PATH = r"^[^\x00-\x1f]+$"  # no control characters
+MUP_OPTIMIZERS = ("adamw", "lion", "sophia-g", "sophia-h")
 IMPORTED = "package.module:Class"  # how --help calls the name of an imported optimizer
 
 
@@ -340,6 +341,11 @@ class Config(Section):
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} leave none of train.max_steps "
                 f"{self.train.max_steps} for the learning rate to decay; lower train.warmup_steps"
+            )
+        if self.model.mup_base_width and self.optimizer.name not in MUP_OPTIMIZERS:
+            raise ValueError(
+                f"model.mup_base_width has no rule for {self.optimizer.name}, only for "
+                f"{', '.join(MUP_OPTIMIZERS)}; set it to 0"
             )
         if self.train.decay_start < self.train.warmup_steps:
             raise ValueError(

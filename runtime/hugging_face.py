@@ -50,6 +50,8 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
             weight = weight[: model.config.vocab_size]
         elif _is_linear(name):
             weight = weight.T
+        elif name.startswith("ln_f"):
+            weight = weight / model.config.relative_width  # muP divides what the head multiplies
         tensors[_their_name(name)] = weight.contiguous()
 
         if not model.config.bias and not name.startswith(("wte", "wpe")):
@@ -137,6 +139,8 @@ def check_shape(source: str, theirs: dict[str, Any], ours: ModelConfig) -> None:
             raise UserError(
                 f"{source}: has {key} = {theirs[key]}; this model supports only {fixed}"
             )
+    if ours.mup_base_width:
+        raise UserError(f"{source}: was not made for muP; add --model.mup_base_width=0")
     if not ours.causal:
         raise UserError(
             f"{source}: predicts the next token and cannot initialize a model with "

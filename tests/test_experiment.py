@@ -263,10 +263,6 @@ BAD_ARGUMENTS = [
     ("--run=sophia-g --optimizer.estimator=gnb", "optimizer.estimator is not a key of sophia-g"),
     ("--run=sophia-g --optimizer.name=sophia-ablation", "optimizer.estimator is missing"),
     ("--run=adamw --optimizer.name=adahessian", "optimizer.hessian_interval is missing"),
-    (
-        "--run=adamw --optimizer.name=muon --train.shard_optimizer=true",
-        "shard_optimizer does not support muon",
-    ),
 ]
 
 

@@ -17,12 +17,14 @@ def make_parameters() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
-def follow(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    """Return the parameters after 20 steps with a decreasing lr."""
+def follow(
+    optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], steps: int = 25
+) -> list[Tensor]:
+    """Return the parameters after some steps with a decreasing lr."""
     generator = torch.Generator().manual_seed(1)
-    for step in range(20):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 20)
+            group["lr"] = 1e-2 * (1 - step / steps)
         for p in parameters:
             p.grad = torch.randn(p.shape, generator=generator)
         optimizer.step()

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from optimizers.adahessian import AdaHessian
 from optimizers.build import make_optimizer
 from optimizers.sophia_ablation import SophiaAblation
+from optimizers.state import skip_if
+from runtime import cost
 from runtime.experiment import load_experiment
 from sophia import SophiaG
-from tests.conftest import read_lines
-from tests.test_train import Runner
+from tests.conftest import newest_state, read_lines
+from tests.test_speed import NoSyncInDispatch, NoSyncInPython
+from tests.test_train import Runner, torchrun
 
 # The ablations: estimator, average, update.
 ABLATIONS = {
@@ -97,6 +101,7 @@ def test_muon_updates_the_linear_weights_and_adamw_the_rest(experiment: Path) ->
     config = load_experiment(add_runs(experiment), "muon")
     model = train.GPT(config.model)
     muon, adamw = make_optimizer(config, model).parts
+    assert "lr_scale" not in adamw.param_groups[0]
     names = {p: name for name, p in model.named_parameters()}
 
     for group in muon.param_groups:
@@ -108,6 +113,28 @@ def test_muon_updates_the_linear_weights_and_adamw_the_rest(experiment: Path) ->
     assert sorted(matrices) == ["wpe.weight", "wte.weight"]
 
 
+def test_adamw_part_has_its_own_learning_rate_and_decay(
+    experiment: Path, run_train: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def step(run: train.Run, step: int) -> dict[str, Any]:
+        record = original(run, step)
+        matrices, others = run.optimizer.param_groups
+        seen.append((record["lr"], matrices["lr"], others["lr"]))
+        assert matrices["weight_decay"] == 0.2
+        assert others["weight_decay"] == 0.05
+        return record
+
+    original = train.train_step
+    monkeypatch.setattr(train, "train_step", step)
+    keys = ("--optimizer.adamw_lr=3e-3", "--optimizer.adamw_weight_decay=0.05")
+    run_train(add_runs(experiment), "--run=muon", *keys)
+    for lr, matrices, others in seen:
+        assert lr == matrices
+        assert others == pytest.approx(3 * lr)
+
+
 def test_non_finite_step_changes_nothing_with_muon_and_soap(experiment: Path) -> None:
     add_runs(experiment)
     for run in ("muon", "soap"):
@@ -117,10 +144,70 @@ def test_non_finite_step_changes_nothing_with_muon_and_soap(experiment: Path) ->
         before = [p.detach().clone() for p in model.parameters()]
         for p in model.parameters():
             p.grad = torch.full_like(p, torch.nan)
-        optimizer.found_inf = torch.ones(())
+        skip_if(optimizer, torch.ones(()))
         optimizer.step()
 
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("run", ["muon", "soap"])
+def test_muon_and_soap_need_no_host_sync(
+    run: str, experiment: Path, run_train: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = train.train_step
+
+    def watched(this: train.Run, step: int) -> dict[str, Any]:
+        with NoSyncInPython(), NoSyncInDispatch():
+            return train_step(this, step)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    run_train(add_runs(experiment), f"--run={run}")
+
+
+@pytest.mark.parametrize("run", ["muon", "soap"])
+def test_sharded_muon_and_soap_have_the_same_losses(
+    run: str, experiment: Path, run_train: Runner, tmp_path: Path
+) -> None:
+    """Each rank updates some of the matrices; a checkpoint has the state of all."""
+    add_runs(experiment)
+    keys = [f"--run={run}", "--train.micro_batch_size=4"]
+    for sharded in ("false", "true"):
+        out = f"--train.out_dir={tmp_path / sharded}"
+        done = torchrun(2, experiment, *keys, out, f"--train.shard_optimizer={sharded}")
+        assert done.returncode == 0, done.stderr
+    whole, parts = tmp_path / "false/tiny" / run, tmp_path / "true/tiny" / run
+    assert read_lines(parts, "loss") == read_lines(whole, "loss")
+    ours, theirs = newest_state(parts)["optimizer"], newest_state(whole)["optimizer"]
+    for name, state in theirs.items():
+        assert state.keys() == ours[name].keys()
+
+    # It continues on one rank that has all of the state.
+    (parts / "step_00000012.pt").unlink()
+    run_train(experiment, *keys, f"--train.out_dir={tmp_path / 'true'}", "--resume")
+    resumed = dict(read_lines(parts, "loss"))
+    assert resumed == pytest.approx(dict(read_lines(whole, "loss")), rel=1e-4)
+
+
+@pytest.mark.parametrize("run", ["muon", "soap"])
+def test_flops_of_muon_and_soap_are_those_of_their_products(run: str, experiment: Path) -> None:
+    """Count them in a step on large matrices, where rounding to whole batches does not matter."""
+    keys = {"model.n_embd": 64, "model.n_layer": 1}
+    config = load_experiment(add_runs(experiment), run, keys)
+    model = train.GPT(config.model)
+    optimizer = make_optimizer(config, model).parts[0]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()  # SOAP's first step is another one
+
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(10):
+            optimizer.step()
+    factorizations = 0.0  # not counted by torch
+    if run == "soap":
+        sides = [side for p in optimizer.param_groups[0]["params"] for side in p.shape]
+        factorizations = sum(8 / 3 * side**3 for side in sides)
+    expected = 10 * cost.optimizer_flops(config)
+    assert counter.get_total_flops() + factorizations == pytest.approx(expected)
 
 
 def make_parameter() -> torch.nn.Parameter:
