@@ -14,7 +14,6 @@ import functools
 import gc
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +42,7 @@ from runtime.config import Config
 from runtime.distributed import Ranks
 from runtime.files import locked
 from runtime.metrics import RunLog
-from runtime.run_folder import METRICS, ROOT, describe_environment, read_environment
+from runtime.run_folder import ROOT, describe_environment
 from sophia import hutchinson_estimate, sampled_label_loss
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets (or uniforms), each (B, T)
@@ -211,20 +210,8 @@ def open_log(run: Run, progress: Progress, found: checkpoint.Found | None) -> Ru
     checkpoint.quarantine(config.run_dir, after=progress.step)
     environment = describe_environment(device, run.ranks.world_size)
     environment["data"] = read_meta(config.data_folder)
-    environment["branched_from"] = continue_history(config, progress.step, found)
+    environment["branched_from"] = checkpoint.inherit_metrics(config, found, progress.step)
     return RunLog.open(config, device, environment, progress.step, progress.validated_step)
-
-
-def continue_history(config: Config, step: int, found: checkpoint.Found | None) -> str | None:
-    """Return RUN@STEP if this run is a branch of another one.
-
-    At its start it gets that run's metrics, of which RunLog keeps those up to the checkpoint.
-    """
-    if found is None or found[0].parent == config.run_dir:
-        return read_environment(config.run_dir).get("branched_from")
-    source = found[0].parent
-    shutil.copyfile(source / METRICS, config.run_dir / METRICS)
-    return f"{source.name}@{step}"
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -335,10 +322,11 @@ def learning_rate(config: Config, step: int) -> float:
     linearly, or linearly after a stable phase (wsd).
     """
     options, peak = config.train, config.optimizer.lr
-    warmup, start = options.warmup_steps, options.decay_start
+    warmup = options.warmup_steps
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)  # not 0 in the first step, which would be wasted
 
+    start = options.decay_start
     decayed = max(step - start, 0) / (options.max_steps - start)
     remaining = 1 - decayed
     if options.schedule == "cosine":

@@ -80,9 +80,11 @@ def gather_state(optimizer: Any, model: nn.Module) -> dict[str, dict[str, Any]]:
     if not is_sharded(optimizer):
         return own
 
-    on_cpu = {}
+    on_cpu: dict[str, dict[str, Any]] = {}
     for name, tensors in own.items():
-        on_cpu[name] = {key: value.cpu() for key, value in tensors.items()}
+        on_cpu[name] = {}
+        for key, value in tensors.items():
+            on_cpu[name][key] = value.cpu() if isinstance(value, Tensor) else value
     shards: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(on_cpu, shards if dist.get_rank() == 0 else None)
 

@@ -7,6 +7,7 @@ random state, because all randomness of a step derives from (seed, step).
 from __future__ import annotations
 
 import errno
+import shutil
 import time
 import zipfile
 from collections.abc import Collection
@@ -20,6 +21,7 @@ from runtime import distributed
 from runtime.cli import UserError, reason, warn
 from runtime.config import FREE_KEYS, KEYS, Config, from_stored, value_of
 from runtime.files import whole_file
+from runtime.run_folder import METRICS, read_environment
 
 LISTING_ATTEMPTS = 13
 LISTING_PAUSE = 5.0  # seconds
@@ -155,6 +157,8 @@ def find_checkpoint(
                 f"{folder}: exists; add --resume to continue it, or choose another --train.out_dir"
             )
         found = load_newest(folder)
+        # A branch that was killed before its first checkpoint still knows where it began.
+        branch_from = branch_from or read_environment(folder).get("branched_from")
 
     if found is not None:
         check_same_config(config, found[1]["config"])
@@ -177,7 +181,7 @@ def find_branch(config: Config, branch_from: str) -> Found:
             folder.
 
     Raises:
-        UserError: if there is no such checkpoint, or the runs differ before it.
+        UserError: if the checkpoint does not exist, or the runs differ before it.
     """
     name, _, step = branch_from.rpartition("@")
     if not name or not step.isdecimal():
@@ -202,6 +206,19 @@ def find_branch(config: Config, branch_from: str) -> Found:
                 f"step {run.train.decay_start}; both runs need wsd, and an earlier step"
             )
     return path, state
+
+
+def inherit_metrics(config: Config, found: Found | None, step: int) -> str | None:
+    """Copy the metrics of the run that this one branches off, if it does.
+
+    Returns RUN@STEP, also for a branch that is resumed, or None for other runs.
+    """
+    if found is None or found[0].parent == config.run_dir:
+        return read_environment(config.run_dir).get("branched_from")
+    source = found[0].parent
+    shutil.copyfile(source / METRICS, config.run_dir / METRICS)
+    name = source.name if source.parent == config.run_dir.parent else source
+    return f"{name}@{step}"
 
 
 def check_same_data(config: Config, found: Found, fingerprints: dict[str, str]) -> None:

@@ -429,10 +429,11 @@ LOCAL_KEYS = {"data.path", "train.out_dir", "train.init_from"}
 
 
 def value_of(tree: dict[str, Any], key: str) -> Any:
-    """Return the value of a dotted key in a stored config, or its default if it is missing."""
+    """Return the value of a dotted key in a stored config, or its default if that has none."""
     section, name = key.split(".")
     default = None if KEYS[key].is_required() else KEYS[key].default
-    return tree.get(section, {}).get(name, default)
+    value = tree.get(section, {}).get(name)
+    return default if value is None else value
 
 
 def from_stored(tree: dict[str, Any]) -> Config:

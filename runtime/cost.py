@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from model import GPT, ModelConfig
-from optimizers import muon, soap
 from runtime.config import Config
 
 FP32_BYTES = 4
@@ -17,6 +16,9 @@ AUTOCAST_BYTES = 2  # per parameter, for 16-bit copies of the weights
 # A Hessian-vector product, forward over reverse, differentiates every matrix product of a
 # gradient, and the derivative of A B consists of two products, A' B + A B'.
 GRADIENTS_PER_HVP = 3
+
+MUON_ITERATIONS = 5  # of Newton and Schulz, per step
+SOAP_FREQUENCY = 10  # steps between updates of the eigenbases
 
 
 class Bytes(NamedTuple):
@@ -92,12 +94,12 @@ def optimizer_flops(config: Config) -> float:
         short, long = min(rows, columns), max(rows, columns)
         if config.optimizer.name == "muon":
             # X Xᵀ, its square, and the square times X, in each iteration.
-            total += muon.ITERATIONS * (4 * short**2 * long + 2 * short**3)
+            total += MUON_ITERATIONS * (4 * short**2 * long + 2 * short**3)
         elif config.optimizer.name == "soap":
-            # From both sides: into the eigenbasis twice, back once, and the averages; every tenth
-            # step a product and a QR decomposition (4/3 n³, and as much again to form Q).
+            # From both sides: into the eigenbasis twice, back once, and the averages; every few
+            # steps a product and a QR decomposition (4/3 n³, and as much again to form Q).
             sides = 2 * rows * columns * (rows + columns)
-            bases = (2 + 8 / 3) * (rows**3 + columns**3) / soap.FREQUENCY
+            bases = (2 + 8 / 3) * (rows**3 + columns**3) / SOAP_FREQUENCY
             total += 4 * sides + bases
     return config.model.n_layer * total
 

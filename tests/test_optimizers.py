@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from optimizers import muon, soap
 from optimizers.adahessian import AdaHessian
 from optimizers.build import make_optimizer
 from optimizers.sophia_ablation import SophiaAblation
@@ -100,11 +101,11 @@ def test_ablation_with_sophias_own_parts_is_sophia(
 def test_muon_updates_the_linear_weights_and_adamw_the_rest(experiment: Path) -> None:
     config = load_experiment(add_runs(experiment), "muon")
     model = train.GPT(config.model)
-    muon, adamw = make_optimizer(config, model).parts
+    main, adamw = make_optimizer(config, model).parts
     assert "lr_scale" not in adamw.param_groups[0]
     names = {p: name for name, p in model.named_parameters()}
 
-    for group in muon.param_groups:
+    for group in main.param_groups:
         assert all("blocks" in names[p] and p.ndim == 2 for p in group["params"])
 
     matrices = []
@@ -116,7 +117,7 @@ def test_muon_updates_the_linear_weights_and_adamw_the_rest(experiment: Path) ->
 def test_adamw_part_has_its_own_learning_rate_and_decay(
     experiment: Path, run_train: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[tuple[float, float, float]] = []
 
     def step(run: train.Run, step: int) -> dict[str, Any]:
         record = original(run, step)
@@ -191,10 +192,12 @@ def test_sharded_muon_and_soap_have_the_same_losses(
 @pytest.mark.parametrize("run", ["muon", "soap"])
 def test_flops_of_muon_and_soap_are_those_of_their_products(run: str, experiment: Path) -> None:
     """Count them in a step on large matrices, where rounding to whole batches does not matter."""
-    keys = {"model.n_embd": 64, "model.n_layer": 1}
+    keys = {"model.n_embd": "64", "model.n_layer": "1"}
     config = load_experiment(add_runs(experiment), run, keys)
     model = train.GPT(config.model)
     optimizer = make_optimizer(config, model).parts[0]
+    assert cost.MUON_ITERATIONS == muon.ITERATIONS
+    assert cost.SOAP_FREQUENCY == soap.FREQUENCY
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()  # SOAP's first step is another one

@@ -73,9 +73,14 @@ def test_branch_equals_a_run_with_its_own_horizon(
     folder = tmp_path / "out/tiny"
     assert f"start             after step 6, from {folder}/long/" in capsys.readouterr().out
 
+    # Resumed, it need not be told again where it began, even if it has no checkpoint of its own.
     (folder / "branch/step_00000012.pt").unlink()
-    run_train(*short, "--name=branch", "--branch-from=long@6", "--resume")
+    run_train(*short, "--name=branch", "--resume")
     assert f"after step 9, from {folder}/branch/" in capsys.readouterr().out
+    for path in (folder / "branch").glob("*.pt"):
+        path.unlink()
+    run_train(*short, "--name=branch", "--resume")
+    assert f"after step 6, from {folder}/long/" in capsys.readouterr().out
 
     for key in ("loss", "val_loss"):
         assert read_lines(folder / "branch", key) == read_lines(folder / "whole", key)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,20 +25,24 @@ def test_a_quadratic_in_turned_axes_is_minimized_faster_than_by_adam() -> None:
     """SOAP is Adam in the eigenbasis, so it is as fast as Adam would be in the best axes."""
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(8, 8))[0] for _ in range(2))
-    curvature = torch.logspace(-1.5, 1.5, 8)
+    curvature = torch.logspace(-1, 1, 8)
+    start = torch.randn(8, 8)
 
-    losses = {}
-    for make in (SOAP, torch.optim.AdamW):
-        w = torch.nn.Parameter(left @ torch.ones(8, 8) @ right.T)
-        optimizer = make([w], lr=0.02, betas=(0.9, 0.95), weight_decay=0.0)
+    def minimize(make: Any) -> float:
+        """Return the loss after 100 steps with noisy gradients."""
+        generator = torch.Generator().manual_seed(1)
+        w = torch.nn.Parameter(left @ start @ right.T)
+        optimizer = make([w], lr=0.03, betas=(0.9, 0.95), weight_decay=0.0)
         for _ in range(100):
-            turned = left.T @ w @ right
+            turned = left.T @ w @ right + torch.randn(8, 8, generator=generator)
             loss = (curvature[:, None] * curvature * turned.square()).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        losses[make] = loss.item()
-    assert losses[SOAP] < 0.5 * losses[torch.optim.AdamW]
+        turned = left.T @ w.detach() @ right
+        return (curvature[:, None] * curvature * turned.square()).sum().item()
+
+    assert minimize(SOAP) < 0.8 * minimize(torch.optim.AdamW)
 
 
 def test_weight_decay_is_decoupled() -> None:
