@@ -43,7 +43,7 @@ from runtime.distributed import Ranks
 from runtime.files import locked
 from runtime.metrics import RunLog
 from runtime.run_folder import ROOT, describe_environment
-from sophia import hutchinson_estimate, sampled_label_loss
+from sophia import Sophia, hutchinson_estimate, sampled_label_loss
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets (or uniforms), each (B, T)
 Records = list[dict[str, Any]]  # one per step
@@ -110,6 +110,8 @@ def prepare_and_train(ranks: Ranks) -> int:
         if ranks.rank == 0:
             config = distributed.resolve_number_format(config, device)
             distributed.check_device(config.train, device)
+            if flags.branch_from:
+                checkpoint.find_branch(config, flags.branch_from)
             plan.print_plan(config, ranks, device, start="nothing is trained (--dry-run)")
         return 0
 
@@ -154,7 +156,8 @@ def build_run(
         ids = [device.index] if device.type == "cuda" else None
         parallel = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
 
-    optimizer = make_optimizer(config, model)
+    with distributed.errors_on_all_ranks():
+        optimizer = make_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.dtype == "float16")
     micro = plan.hessian_micro_batch_size(config, ranks.world_size)
     run = Run(config, ranks, device, tokens, model, forward, parallel, optimizer, scaler, micro)
@@ -536,7 +539,7 @@ def validate(run: Run, progress: Progress, log: RunLog | None) -> None:
 def log_steps(run: Run, pending: Records, progress: Progress, log: RunLog | None) -> None:
     """Log the pending steps, and stop a run that has diverged. All ranks must call it."""
     records = fetch_records(run, pending, progress)
-    if run.config.optimizer.name.startswith("sophia"):
+    if isinstance(state.local_shard(run.optimizer), Sophia):
         records[-1] |= state.sophia_statistics(run.optimizer)
     with distributed.errors_on_all_ranks():
         if log:

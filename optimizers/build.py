@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -129,7 +130,9 @@ def make_imported(
     options = imported.constructor_arguments(optimizer)
     try:
         made = construct(config, optimizer_class, groups, options)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the constructor is not ours
         raise UserError(f"{optimizer.name} refuses its arguments: {reason(error)}") from error
 
     is_first_rank = not dist.is_initialized() or dist.get_rank() == 0

@@ -42,17 +42,21 @@ def constructor_arguments(config: ImportedConfig) -> dict[str, Any]:
     """Return the arguments of the constructor, besides the parameter groups.
 
     Raises:
-        UserError: if the constructor does not take one of them.
+        UserError: if the constructor does not name one of them.
     """
-    parameters = inspect.signature(find_class(config)).parameters
-    names = [name for name in parameters if name not in ("self", "params")]
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = argument_names(find_class(config))
+    for key in ("lr", "weight_decay", "params"):
+        if key in config.options:
+            raise UserError(
+                f"optimizer.options: {key} is not an option; use optimizer.lr and "
+                f"optimizer.weight_decay"
+            )
 
-    arguments = {"lr": config.lr} | config.options
+    arguments: dict[str, Any] = {"lr": config.lr} | config.options
     if config.weight_decay:
         arguments["weight_decay"] = config.weight_decay
     for key, value in arguments.items():
-        if key not in names and not takes_all:
+        if key not in names:
             raise UserError(
                 f"{config.name} has no argument {key}; it has {', '.join(names)}. "
                 f"Arguments besides lr and weight_decay belong in [optimizer.options]"
@@ -60,6 +64,26 @@ def constructor_arguments(config: ImportedConfig) -> dict[str, Any]:
         if isinstance(value, list):  # TOML has no tuples
             arguments[key] = tuple(value)
     return arguments
+
+
+def argument_names(optimizer_class: type[Optimizer]) -> list[str]:
+    """Return what a constructor takes by name.
+
+    If it passes on any other argument (`**kwargs`), its base class's names count too.
+    """
+    names: dict[str, None] = {}
+    for base in optimizer_class.__mro__:
+        if base is Optimizer:
+            break
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names |= dict.fromkeys(
+            p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        )
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return [name for name in names if name not in ("self", "params")]
 
 
 def skipping(optimizer_class: Any) -> Any:
@@ -75,7 +99,7 @@ def skipping(optimizer_class: Any) -> Any:
                 found_inf = self.__dict__.pop("found_inf", None)  # torch's refuse to see it
                 if found_inf is not None and found_inf.item():
                     return None
-            return super().step(closure)
+            return super().step() if closure is None else super().step(closure)
 
     Skipping.__name__ = optimizer_class.__name__
     return Skipping

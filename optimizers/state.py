@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 from sophia import Sophia
 
-# SOAP and others count their steps per parameter group. A checkpoint stores the count with each
-# parameter, as AdamW does.
-GROUP_STEP = "group_step"
+# Some optimizers keep numbers in their parameter groups: SOAP the count of its steps, others an
+# estimate of the learning rate. A checkpoint stores them with each parameter, as AdamW's count.
+GROUP = "group_"
+GROUP_SETTINGS = ("lr", "lr_scale", "weight_decay")  # not state, although they differ
 
 
 class ChainedOptimizer:
@@ -42,13 +43,17 @@ class ChainedOptimizer:
 
 def is_sharded(optimizer: Any) -> bool:
     """Return whether each rank keeps only a part of the state."""
-    # ZeroRedundancyOptimizer calls its local optimizer `optim`.
-    return any(hasattr(part, "optim") for part in _parts(optimizer))
+    return any(_is_zero(part) for part in _parts(optimizer))
+
+
+def _is_zero(optimizer: Any) -> bool:
+    # By name, because the import takes a second.
+    return type(optimizer).__name__ == "ZeroRedundancyOptimizer"
 
 
 def local_shard(optimizer: Any) -> Any:
     """Return the optimizer that holds this rank's state: itself unless it is sharded."""
-    return getattr(optimizer, "optim", optimizer)
+    return optimizer.optim if _is_zero(optimizer) else optimizer
 
 
 def not_finite(value: Tensor) -> Tensor:
@@ -72,18 +77,18 @@ def gather_state(optimizer: Any, model: nn.Module) -> dict[str, dict[str, Any]]:
     own: dict[str, dict[str, Any]] = {}
     for part in map(local_shard, _parts(optimizer)):
         for group in part.param_groups:
-            counter = {GROUP_STEP: group["step"]} if "step" in group else {}
+            numbers = _group_state(part, group)
             for p in group["params"]:
-                state = part.state.get(p)
+                state = part.state.get(p, {}) | numbers
                 if state:
-                    own[names[p]] = state | counter
+                    own[names[p]] = state
     if not is_sharded(optimizer):
         return own
 
     on_cpu: dict[str, dict[str, Any]] = {}
-    for name, tensors in own.items():
+    for name, values in own.items():
         on_cpu[name] = {}
-        for key, value in tensors.items():
+        for key, value in values.items():
             on_cpu[name][key] = value.cpu() if isinstance(value, Tensor) else value
     shards: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(on_cpu, shards if dist.get_rank() == 0 else None)
@@ -92,6 +97,19 @@ def gather_state(optimizer: Any, model: nn.Module) -> dict[str, dict[str, Any]]:
     for shard in shards:
         complete |= shard or {}
     return complete
+
+
+def _group_state(part: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a group that the optimizer has changed, with GROUP before their names.
+
+    What differs from the constructor's arguments is a state, except for what the trainer sets.
+    """
+    numbers = {}
+    for key, value in group.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and key not in GROUP_SETTINGS and value != part.defaults.get(key):
+            numbers[GROUP + key] = value
+    return numbers
 
 
 def load_state(optimizer: Any, model: nn.Module, saved: dict[str, dict[str, Any]]) -> None:
@@ -103,19 +121,27 @@ def load_state(optimizer: Any, model: nn.Module, saved: dict[str, dict[str, Any]
         ValueError: if the state does not belong to this model's parameters.
     """
     names = {p: name for name, p in model.named_parameters()}
-    if saved.keys() != set(names.values()):
-        raise ValueError("the optimizer's state is not complete")
+    if not saved.keys() <= set(names.values()):
+        raise ValueError("the optimizer's state is not this model's")
 
-    for part in map(local_shard, _parts(optimizer)):
-        params = [p for group in part.param_groups for p in group["params"]]
-        state = {index: dict(saved[names[p]]) for index, p in enumerate(params)}
-        groups = part.state_dict()["param_groups"]
+    for part in _parts(optimizer):
+        local = local_shard(part)
+        params = [p for group in local.param_groups for p in group["params"]]
+        groups = local.state_dict()["param_groups"]
+        state = {}
+        for index, p in enumerate(params):
+            if names[p] in saved:  # SGD without momentum has no state
+                state[index] = dict(saved[names[p]])
         for group in groups:
             for index in group["params"]:
-                counter = state[index].pop(GROUP_STEP, None)
-                if counter is not None:
-                    group["step"] = counter
-        part.load_state_dict({"state": state, "param_groups": groups})
+                for key in [key for key in state.get(index, {}) if key.startswith(GROUP)]:
+                    group[key.removeprefix(GROUP)] = state[index].pop(key)
+        local.load_state_dict({"state": state, "param_groups": groups})
+
+        # ZeroRedundancyOptimizer copies its own groups to its local optimizer before each step.
+        for outer, inner in zip(part.param_groups, local.param_groups, strict=True):
+            for key in inner.keys() - {"params"}:
+                outer[key] = inner[key]
 
 
 def sophia_statistics(optimizer: Any) -> dict[str, float]:

@@ -20,15 +20,15 @@ from model import GPT
 from runtime import distributed
 from runtime.cli import UserError, reason, warn
 from runtime.config import FREE_KEYS, KEYS, Config, from_stored, value_of
-from runtime.files import whole_file
-from runtime.run_folder import METRICS, read_environment
+from runtime.files import whole_file, write_json
+from runtime.run_folder import ENVIRONMENT, METRICS, read_environment
 
 LISTING_ATTEMPTS = 13
 LISTING_PAUSE = 5.0  # seconds
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's path and content
 # What a run may have different from the one that it branches off: its horizon and decay.
 BRANCH_KEYS = {"train.max_steps", "train.decay_share", "train.final_lr_ratio"}
-BRANCH_KEYS |= {"train.eval_interval", "train.eval_windows"}
+BRANCH_KEYS.add("train.eval_interval")
 CONTENT = {
     "step": int,
     "validated_step": int,
@@ -215,10 +215,13 @@ def inherit_metrics(config: Config, found: Found | None, step: int) -> str | Non
     """
     if found is None or found[0].parent == config.run_dir:
         return read_environment(config.run_dir).get("branched_from")
-    source = found[0].parent
+    source = found[0].parent.resolve()
+    name = source.name if source.parent == config.run_dir.parent.resolve() else source
+    origin = f"{name}@{step}"
+    # First, so that the run knows where it began even if it is killed now.
+    write_json(config.run_dir / ENVIRONMENT, {"branched_from": origin})
     shutil.copyfile(source / METRICS, config.run_dir / METRICS)
-    name = source.name if source.parent == config.run_dir.parent else source
-    return f"{name}@{step}"
+    return origin
 
 
 def check_same_data(config: Config, found: Found, fingerprints: dict[str, str]) -> None:

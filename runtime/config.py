@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     ValidationError,
     model_validator,
@@ -267,7 +268,7 @@ class ImportedConfig(OptimizerConfig):
     """Any other optimizer: PyTorch's, a library's, or one in a file of yours."""
 
     name: str = Field(pattern=r"^[\w.]+:\w+$")
-    options: dict[str, Any] = Field(
+    options: dict[str, JsonValue] = Field(
         {}, description="package.module:Class: further arguments of its constructor"
     )
 

@@ -143,39 +143,63 @@ def product_parameter_bytes(config: Config, world_size: int) -> int:
     return per_parameter * num_parameters(config.model)
 
 
-def state_sizes(config: Config) -> list[int]:
+class StateSize(NamedTuple):
+    """A parameter tensor, and the numbers that the optimizer keeps for it."""
+
+    is_matrix: bool  # a weight matrix of a block, which decays
+    parameters: int
+    states: int
+
+
+def state_sizes(config: Config) -> list[StateSize]:
     """Return how many numbers the optimizer keeps for each parameter tensor."""
     with torch.device("meta"):
         model = GPT(config.model)
 
     sizes = []
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim == 2 and "blocks" in name
+        is_matrix = parameter.ndim == 2 and "blocks" in name
         momentum_only = config.optimizer.name == "lion" or (
-            config.optimizer.name == "muon" and decays
+            config.optimizer.name == "muon" and is_matrix
         )
-        size = parameter.numel() * (1 if momentum_only else 2)
-        if config.optimizer.name == "soap" and decays:
+        states = parameter.numel() * (1 if momentum_only else 2)
+        if config.optimizer.name == "soap" and is_matrix:
             # A preconditioner and its eigenbasis for each side.
-            size += sum(2 * side**2 for side in parameter.shape)
-        sizes.append(size)
+            states += sum(2 * side**2 for side in parameter.shape)
+        sizes.append(StateSize(is_matrix, parameter.numel(), states))
     return sizes
 
 
-def fixed_bytes(config: Config, world_size: int) -> int:
-    """Return a rank's bytes for weights, gradients and optimizer state.
+def sharded_states(config: Config, world_size: int) -> int:
+    """Return how many numbers the fullest rank keeps with train.shard_optimizer.
 
-    ZeroRedundancyOptimizer divides the state by tensors, the largest first. So the rank that has
-    the embedding keeps all of its state.
+    ZeroRedundancyOptimizer takes the groups one after the other, matrices first, and gives the
+    largest remaining tensor to the rank that has the fewest parameters. Muon and SOAP start again
+    for AdamW's part.
     """
+    loads, states = [0] * world_size, [0] * world_size
+    for group in (True, False):
+        if group is False and config.optimizer.name in ("muon", "soap"):
+            loads = [0] * world_size
+        sizes = [size for size in state_sizes(config) if size.is_matrix is group]
+        for size in sorted(sizes, key=lambda size: -size.parameters):
+            rank = loads.index(min(loads))
+            loads[rank] += size.parameters
+            states[rank] += size.states
+    return max(states)
+
+
+def fixed_bytes(config: Config, world_size: int) -> int:
+    """Return the bytes for weights, gradients and optimizer state, of the fullest rank."""
     n = num_parameters(config.model)
-    states = sum(state_sizes(config))
+    states = sum(size.states for size in state_sizes(config))
     if config.train.shard_optimizer:
-        states = max(states // world_size, *state_sizes(config))
+        states = sharded_states(config, world_size)
     autocast_copies = 0 if config.train.dtype == "float32" else AUTOCAST_BYTES * n
     return FP32_BYTES * (2 * n + states) + autocast_copies
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of a checkpoint file."""
-    return FP32_BYTES * (num_parameters(config.model) + sum(state_sizes(config)))
+    states = sum(size.states for size in state_sizes(config))
+    return FP32_BYTES * (num_parameters(config.model) + states)

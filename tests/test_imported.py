@@ -30,11 +30,34 @@ class Heavy(SGD):
 class NotAnOptimizer:
     pass
 """
+# Named like Sophia, without a closure, with an attribute that ZeroRedundancyOptimizer has too, and
+# with a state in its parameter groups.
+SOPHIA_LIKE = """
+from torch.optim import Optimizer
+
+class Growing(Optimizer):
+    def __init__(self, params, **settings):
+        super().__init__(params, {"size": 1.0} | settings)
+        self.optim = object()
+
+    def step(self):
+        for group in self.param_groups:
+            group["size"] *= 1.1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.add_(p.grad, alpha=-group["size"] * group["lr"])
+
+class Named(Growing):
+    def __init__(self, params, lr, size=1.0, **others):
+        super().__init__(params, lr=lr, size=size, **others)
+"""
 CASES = {
     "torch.optim:NAdam": "betas = [0.8, 0.9]\ndecoupled_weight_decay = true",
     "torch.optim:RMSprop": "momentum = 0.5",
     "pytorch_optimizer:AdaBelief": "",
     "own_file:Heavy": "mass = 0.5",
+    "torch.optim:SGD": "",  # has no state without momentum
+    "sophia_like:Named": "",
 }
 
 
@@ -48,11 +71,12 @@ def imported(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         text += f"[runs.{run}.optimizer.options]\n{options}\n"
     experiment.write_text(text)
     (tmp_path / "own_file.py").write_text(OWN)
+    (tmp_path / "sophia_like.py").write_text(SOPHIA_LIKE)
     monkeypatch.chdir(tmp_path)
     return experiment
 
 
-@pytest.mark.parametrize("run", ["nadam", "rmsprop", "adabelief", "heavy"])
+@pytest.mark.parametrize("run", ["nadam", "rmsprop", "adabelief", "heavy", "sgd", "named"])
 def test_imported_optimizers_learn_and_resume(
     run: str, imported: Path, run_train: Runner, tmp_path: Path, capsys
 ) -> None:
@@ -138,6 +162,11 @@ def test_step_that_is_not_finite_changes_nothing(fused: bool) -> None:
             "NAdam has no argument beta; it has lr, betas",
         ),
         ("--optimizer.options={eps=-1.0}", "torch.optim:NAdam refuses its arguments: Invalid eps"),
+        ("--optimizer.options={betas=[0.9]}", "torch.optim:NAdam refuses its arguments: tuple"),
+        ("--optimizer.options={eps=2024-01-01}", "optimizer.options"),
+        ("--optimizer.options={lr=0.5}", "lr is not an option; use optimizer.lr and"),
+        ("--optimizer.options={weight_decay=0.5}", "weight_decay is not an option; use"),
+        ("--optimizer.name=sophia_like:Named --optimizer.options={siez=2}", "no argument siez; it"),
         ("--optimizer.beta1=0.9", "optimizer.beta1 is not a key of imported; remove it"),
         ("--optimizer.name=torch.optim.NAdam", "should be one of adamw, lion,"),
     ],
@@ -145,7 +174,7 @@ def test_step_that_is_not_finite_changes_nothing(fused: bool) -> None:
 def test_mistakes_are_one_line(
     arguments: str, message: str, imported: Path, run_train: Runner, capsys
 ) -> None:
-    assert message in refuse(run_train, capsys, imported, "--run=nadam", arguments)
+    assert message in refuse(run_train, capsys, imported, "--run=nadam", *arguments.split())
 
 
 def test_help_names_imported_optimizers(capsys, run_train: Runner) -> None:

@@ -178,13 +178,27 @@ def test_sharded_muon_and_soap_have_the_same_losses(
         assert done.returncode == 0, done.stderr
     whole, parts = tmp_path / "false/tiny" / run, tmp_path / "true/tiny" / run
     assert read_lines(parts, "loss") == read_lines(whole, "loss")
-    ours, theirs = newest_state(parts)["optimizer"], newest_state(whole)["optimizer"]
-    for name, state in theirs.items():
-        assert state.keys() == ours[name].keys()
 
-    # It continues on one rank that has all of the state.
+    def assert_same_state() -> None:
+        ours, theirs = newest_state(parts)["optimizer"], newest_state(whole)["optimizer"]
+        assert ours.keys() == theirs.keys()
+        for name, state in theirs.items():
+            assert state.keys() == ours[name].keys()
+            for key, value in state.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(ours[name][key])), key
+
+    assert_same_state()
+
+    # It continues on two ranks, and on one that has all of the state.
     (parts / "step_00000012.pt").unlink()
-    run_train(experiment, *keys, f"--train.out_dir={tmp_path / 'true'}", "--resume")
+    out = f"--train.out_dir={tmp_path / 'true'}"
+    done = torchrun(2, experiment, *keys, out, "--train.shard_optimizer=true", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert read_lines(parts, "loss") == read_lines(whole, "loss")
+    assert_same_state()
+
+    (parts / "step_00000012.pt").unlink()
+    run_train(experiment, *keys, out, "--resume")
     resumed = dict(read_lines(parts, "loss"))
     assert resumed == pytest.approx(dict(read_lines(whole, "loss")), rel=1e-4)
 

@@ -11,9 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.peak_memory import PeakMemory
 from model import GPT, ModelConfig, summed_loss
+from optimizers.build import make_optimizer
+from optimizers.state import ChainedOptimizer
 from runtime import plan
 from runtime.cli import UserError
-from runtime.cost import activation_bytes, product_bytes
+from runtime.cost import activation_bytes, product_bytes, sharded_states, state_sizes
 from runtime.distributed import Ranks
 from runtime.experiment import as_text, load_experiment
 from runtime.plan import hessian_micro_batch_size
@@ -191,3 +193,28 @@ def test_table_has_what_a_reader_asks_first(capsys) -> None:
     assert " GB of " in rows["memory per rank"]
     assert rows["code"].startswith("commit ")
     assert rows["start"] == "at step 0"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon", "soap"])
+def test_fullest_rank_is_that_of_the_real_partition(
+    optimizer: str, first_of_two_ranks: Ranks
+) -> None:
+    """Ask ZeroRedundancyOptimizer how it would divide the parameters among four ranks."""
+    keys = {"train.shard_optimizer": "true", "model.block_size": "64"}  # no two sizes are equal
+    if optimizer != "lion":
+        keys["optimizer.name"] = optimizer
+    run = "lion" if optimizer == "lion" else "adamw"
+    config = load_experiment(ROOT / "configs/quickstart.toml", run, keys)
+    made = make_optimizer(config, GPT(config.model))
+    parts = made.parts if isinstance(made, ChainedOptimizer) else [made]
+
+    ranks = 4
+    states = [0] * ranks
+    sizes = {size.parameters: size.states for size in state_sizes(config)}
+    for part in parts:
+        part.world_size = ranks
+        part._partition_parameters_cache.clear()
+        for rank, groups in enumerate(part._partition_parameters()):
+            for group in groups:
+                states[rank] += sum(sizes[p.numel()] for p in group["params"])
+    assert sharded_states(config, ranks) == max(states)

@@ -91,6 +91,26 @@ def test_branch_equals_a_run_with_its_own_horizon(
     assert "note: tiny/branch is a branch of long@6" in make_report(runs, None, None)
 
 
+def test_branches_are_compared_as_horizons_of_their_run(
+    experiment: Path, run_train: Runner, tmp_path: Path
+) -> None:
+    common = [*WSD, "--train.checkpoint_interval=6", "--train.warmup_steps=1"]
+    for run in ("adamw", "lion"):
+        run_train(experiment, f"--run={run}", *common, "--train.max_steps=24")
+        branch = [f"--name={run},max_steps=12", "--train.max_steps=12", f"--branch-from={run}@6"]
+        run_train(experiment, f"--run={run}", *common, *branch)
+    report = make_report(find_runs([tmp_path / "out"]), None, None)
+    assert "The paper's test: T steps against T and 2T" in report
+    assert "| tiny/lion,max_steps=12" in report.split("The paper's test")[1]
+
+
+def test_branch_from_nothing_is_refused_in_a_dry_run(
+    experiment: Path, run_train: Runner, capsys
+) -> None:
+    arguments = (experiment, "--run=adamw", *WSD, "--dry-run", "--branch-from=adamw@6")
+    assert "checkpoints of that run: none" in refuse(run_train, capsys, *arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
