@@ -48,8 +48,8 @@ class Growing(Optimizer):
                     p.data.add_(p.grad, alpha=-group["size"] * group["lr"])
 
 class Named(Growing):
-    def __init__(self, params, lr, size=1.0, **others):
-        super().__init__(params, lr=lr, size=size, **others)
+    def __init__(self, params, lr, size=1.0, weight_decay=0.0, **others):
+        super().__init__(params, lr=lr, size=size, weight_decay=weight_decay, **others)
 """
 CASES = {
     "torch.optim:NAdam": "betas = [0.8, 0.9]\ndecoupled_weight_decay = true",
@@ -67,7 +67,8 @@ def imported(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text = experiment.read_text()
     for name, options in CASES.items():
         run = name.split(":")[1].lower()
-        text += f'[runs.{run}.optimizer]\nname = "{name}"\nlr = 1e-3\nweight_decay = 0.01\n'
+        lr = 0.1 if run in ("sgd", "named") else 1e-3
+        text += f'[runs.{run}.optimizer]\nname = "{name}"\nlr = {lr}\nweight_decay = 0.01\n'
         text += f"[runs.{run}.optimizer.options]\n{options}\n"
     experiment.write_text(text)
     (tmp_path / "own_file.py").write_text(OWN)
@@ -166,7 +167,10 @@ def test_step_that_is_not_finite_changes_nothing(fused: bool) -> None:
         ("--optimizer.options={eps=2024-01-01}", "optimizer.options"),
         ("--optimizer.options={lr=0.5}", "lr is not an option; use optimizer.lr and"),
         ("--optimizer.options={weight_decay=0.5}", "weight_decay is not an option; use"),
-        ("--optimizer.name=sophia_like:Named --optimizer.options={siez=2}", "no argument siez; it"),
+        (
+            "--run=named --optimizer.options={siez=2}",
+            "sophia_like:Named has no argument siez; it has",
+        ),
         ("--optimizer.beta1=0.9", "optimizer.beta1 is not a key of imported; remove it"),
         ("--optimizer.name=torch.optim.NAdam", "should be one of adamw, lion,"),
     ],
@@ -174,7 +178,8 @@ def test_step_that_is_not_finite_changes_nothing(fused: bool) -> None:
 def test_mistakes_are_one_line(
     arguments: str, message: str, imported: Path, run_train: Runner, capsys
 ) -> None:
-    assert message in refuse(run_train, capsys, imported, "--run=nadam", *arguments.split())
+    run = [] if "--run" in arguments else ["--run=nadam"]
+    assert message in refuse(run_train, capsys, imported, *run, *arguments.split())
 
 
 def test_help_names_imported_optimizers(capsys, run_train: Runner) -> None:

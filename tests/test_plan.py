@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ def test_fullest_rank_is_that_of_the_real_partition(
     run = "lion" if optimizer == "lion" else "adamw"
     config = load_experiment(ROOT / "configs/quickstart.toml", run, keys)
     made = make_optimizer(config, GPT(config.model))
-    parts = made.parts if isinstance(made, ChainedOptimizer) else [made]
+    parts: tuple[Any, ...] = made.parts if isinstance(made, ChainedOptimizer) else (made,)
 
     ranks = 4
     states = [0] * ranks
