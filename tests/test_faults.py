@@ -39,7 +39,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
     "optimizer",
     [
         "sophia-g",
-        "sophia-h",
+        pytest.param("sophia-h", marks=pytest.mark.slow),
         pytest.param("adamw", marks=pytest.mark.slow),
         pytest.param("lion", marks=pytest.mark.slow),
     ],

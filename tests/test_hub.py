@@ -196,6 +196,7 @@ def test_killed_download_is_continued(
     assert {path.name for path in (out / "downloads").iterdir()} == set(NAMES[:5])
 
 
+@pytest.mark.slow
 def test_hopeless_downloads_end_in_one_line(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
 

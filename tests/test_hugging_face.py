@@ -317,6 +317,7 @@ def test_evaluate_keeps_a_result_until_its_inputs_change(
     assert run() == [1]
 
 
+@pytest.mark.slow
 def test_evaluate_rejects_bad_arguments(
     exported: Path, task: Path, monkeypatch, capsys, tmp_path: Path
 ) -> None:

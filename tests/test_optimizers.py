@@ -165,7 +165,7 @@ def test_muon_and_soap_need_no_host_sync(
     run_train(add_runs(experiment), f"--run={run}")
 
 
-@pytest.mark.parametrize("run", ["muon", "soap"])
+@pytest.mark.parametrize("run", [pytest.param("muon", marks=pytest.mark.slow), "soap"])
 def test_sharded_muon_and_soap_have_the_same_losses(
     run: str, experiment: Path, run_train: Runner, tmp_path: Path
 ) -> None:

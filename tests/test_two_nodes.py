@@ -99,6 +99,7 @@ def test_output_folder_that_is_not_shared_is_refused(experiment: Path, tmp_path:
     assert "has the step to start from = " in refused([*same, "--resume"], unshared)
 
 
+@pytest.mark.slow
 def test_error_of_one_node_ends_both_and_is_printed(experiment: Path, tmp_path: Path) -> None:
     same: list[object] = [experiment, "--run=lion", "--train.micro_batch_size=4"]
     for mistake, message in (
@@ -122,6 +123,7 @@ def test_node_whose_rank_ends_later_still_says_how_it_ended(tmp_path: Path) -> N
         assert (node.returncode, errors) == (2, "")
 
 
+@pytest.mark.slow
 def test_bad_weights_to_start_from_end_both(experiment: Path, tmp_path: Path) -> None:
     """Only rank 0 reads them, while the other one waits for them."""
     same: list[object] = [experiment, "--run=lion", "--train.micro_batch_size=4"]
