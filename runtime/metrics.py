@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,28 +26,30 @@ from runtime.files import naming, write_json, write_text
 from runtime.run_folder import CONFIG, ENVIRONMENT, METRICS, read_metrics, to_line
 from runtime.trackers import TensorBoardTracker, Tracker, WandbTracker
 
-# Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets. The first entry whose name is
-# part of the device's name counts. Other devices get no MFU rather than a wrong one.
+# Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, by a pattern of the whole
+# name after "NVIDIA". Laptop, D and MIG variants, and cards not listed, get no MFU rather than a
+# wrong one.
 PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.2,
-    "RTX A6000": 154.8,
-    "RTX A5000": 111.1,
-    "RTX 3090": 71.0,
+    r"B200": 2250.0,
+    r"H200": 989.0,
+    r"H100 80GB HBM3": 989.0,
+    r"H100 NVL": 835.0,
+    r"H100 PCIe": 756.0,
+    r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe": 312.0,
+    r"L40S": 362.0,
+    r"GeForce RTX 4090": 165.2,
+    r"GeForce RTX 3090": 71.0,
+    r"RTX A6000": 154.8,
+    r"RTX A5000": 111.1,
 }
 
 
 def peak_tflops(device: torch.device) -> float | None:
     """Return the device's bf16 peak in TFLOP/s, or None if it is not known."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAK_TFLOPS.items():
-            if part in name:
+        name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
+        for pattern, peak in PEAK_TFLOPS.items():
+            if re.fullmatch(pattern, name):
                 return peak
     return None
 
