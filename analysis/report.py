@@ -3,65 +3,144 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from analysis import plots
-from analysis.runs import Group, StoredRun, confounders, group_runs, step_flops, tokens_of
-from analysis.statistics import compare_losses, fit_power_law, overhead, step_times
+from analysis.runs import (
+    Group,
+    StoredRun,
+    confounders,
+    group_runs,
+    repeated_runs,
+    step_flops,
+    tokens_per_step,
+)
+from analysis.statistics import (
+    CONFIDENCE,
+    MARGIN,
+    Difference,
+    PairedTest,
+    compare_losses,
+    data_efficiency,
+    describe,
+    fit_power_law,
+    holm,
+    overhead,
+    step_times,
+)
 from runtime.cli import UserError
 from runtime.files import write_text
 
 Row = dict[str, str]  # column → text
+Key = tuple[int, int]  # tokens of the schedule, sequences per batch
 
 
-def make_report(runs: list[StoredRun], reference: str | None, target: float | None) -> str:
-    """Return the whole report as Markdown.
+@dataclass(frozen=True)
+class Section:
+    """A table of the report."""
+
+    title: str
+    rows: list[Row]
+    explanation: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compare.py prints, and writes as Markdown and HTML."""
+
+    verdicts: list[str]
+    notes: list[str]
+    sections: list[Section]
+
+    def as_markdown(self) -> str:
+        """Return the whole report as text."""
+        parts = ["\n".join([*self.notes, *self.verdicts])]
+        for section in self.sections:
+            parts += [section.title, format_table(section.rows)]
+            if section.explanation:
+                parts.append(section.explanation)
+        return "\n\n".join(parts)
+
+
+def make_report(
+    runs: list[StoredRun],
+    reference: str | None = None,
+    target: float | None = None,
+    margin: float = MARGIN,
+) -> Report:
+    """Return the report on runs.
 
     Args:
         runs: what to compare.
         reference: the run to compare with. Default: the first one with AdamW.
         target: the loss to reach. Default: the reference's at its longest horizon.
+        margin: nats per token; smaller differences count as none.
     """
+    groups = group_runs(runs)
+    if not groups:
+        return Report(["no run is finished: nothing to compare yet"], notes(runs), [])
+
+    base = references(groups, reference)
+    comparisons = compare_groups(groups, base, margin)
+    sections = [
+        Section(
+            "Final losses",
+            [loss_row(comparison) for comparison in comparisons],
+            explain_losses(comparisons, margin),
+        ),
+        Section("Cost", [cost_row(group) for group in groups]),
+        Section("To the target", target_rows(groups, base, target)),
+        Section(
+            "The paper's test: T steps against T and 2T, each with its own decayed schedule",
+            doubled_rows(groups, base, margin),
+            f"As good: a one-sided paired t-test for a loss at most {margin:g} nats above it.",
+        ),
+        Section(
+            "Data efficiency by the reference's power law over horizons",
+            efficiency_rows(groups, base),
+            explain_fit(base),
+        ),
+    ]
+    filled = []
+    for section in sections:
+        if section.rows:
+            filled.append(Section(section.title, without_empty(section.rows), section.explanation))
+    return Report(verdicts(comparisons), notes(runs), filled)
+
+
+def notes(runs: list[StoredRun]) -> list[str]:
+    """Return what a reader must know about the runs before the tables."""
     lines = []
     for run in runs:
-        if not run.is_finished:
-            step = max(record["step"] for record in [*run.records, *run.validations])
+        if run.is_diverged:
+            skipped = f", {run.skipped:,} steps skipped" if run.skipped else ""
+            lines.append(f"note: {run.name} has diverged, step {run.step:,}{skipped}")
+        elif not run.is_finished:
             lines.append(
-                f"note: {run.name} is unfinished, step {step:,} of {run.horizon:,}: left out"
+                f"note: {run.name} is unfinished, step {run.step:,} of {run.horizon:,}: left out"
             )
         origin = run.environment.get("branched_from")
         if origin:
             lines.append(f"note: {run.name} is a branch of {origin}: the steps up to there are its")
+
+    for copies in repeated_runs(runs):
+        folders = ", ".join(run.where for run in copies)
+        lines.append(f"warning: the same settings and seed, kept apart: {folders}")
     for difference in confounders(runs):
         lines.append(f"warning: the runs differ in more than the optimizer. {difference}")
-
-    groups = group_runs(runs)
-    if not groups:
-        return "\n".join([*lines, "no run is finished: nothing to compare yet"])
-
-    base = references(groups, reference)
-    doubled = "The paper's test: T steps against T and 2T, each with its own decayed schedule"
-    tables = {
-        "Final losses": [loss_row(group, base) for group in groups],
-        "Cost": [cost_row(group) for group in groups],
-        "To the target": target_rows(groups, base, target),
-        doubled: doubled_rows(groups, base),
-        "Data efficiency by the reference's power law over horizons": efficiency_rows(groups, base),
-    }
-    for title, rows in tables.items():
-        if rows:
-            lines.append(f"\n{title}\n\n{format_table(rows)}")
-    return "\n".join(lines)
+    return lines
 
 
-def references(groups: list[Group], name: str | None) -> dict[int, Group]:
-    """Return {horizon: the group to compare with}, all of one run of the experiment file.
+def references(groups: list[Group], name: str | None) -> dict[Key, Group]:
+    """Return {tokens and batch: the group to compare with}, all of one run of the experiment file.
 
     If a sweep has several settings for it, the best one counts.
     """
@@ -72,13 +151,18 @@ def references(groups: list[Group], name: str | None) -> dict[int, Group]:
             tables = ", ".join(dict.fromkeys(group.table for group in groups))
             raise UserError(f"--reference={name}: no such finished run; there are: {tables}")
 
-    best: dict[int, Group] = {}
+    best: dict[Key, Group] = {}
     for group in groups:
         if chosen and group.table == chosen[0].table:
-            other = best.get(group.horizon)
-            if other is None or group.mean <= other.mean:
-                best[group.horizon] = group
+            other = best.get(key_of(group))
+            if other is None or group.loss < other.loss:
+                best[key_of(group)] = group
     return best
+
+
+def key_of(group: Group) -> Key:
+    """Return what a group must have in common with its reference."""
+    return group.tokens, group.batch_size
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -89,28 +173,142 @@ def format_table(rows: list[Row]) -> str:
     columns: dict[str, None] = {}
     for row in rows:
         columns |= dict.fromkeys(row)
-    sides = ["left" if column == "run" else "right" for column in columns]
+    sides = ["left" if column in ("run", "verdict") else "right" for column in columns]
     return tabulate(rows, headers="keys", tablefmt="pipe", colalign=sides, disable_numparse=True)
 
 
-def loss_row(group: Group, base: dict[int, Group]) -> Row:
-    """Return a group's final loss, and its difference from the reference at the same horizon."""
+@dataclass(frozen=True)
+class Comparison:
+    """A group beside the reference of equal tokens and batch."""
+
+    group: Group
+    reference: Group | None  # None if there is none, or the group is it
+    difference: Difference | None
+    p: float | None  # corrected for all comparisons of the report
+    verdict: str
+
+
+def compare_groups(groups: list[Group], base: dict[Key, Group], margin: float) -> list[Comparison]:
+    """Compare each group with its reference."""
+    pairs = []
+    for group in groups:
+        reference = base.get(key_of(group))
+        if reference is group:
+            reference = None
+        difference = compare_losses(group, reference, margin) if reference else None
+        pairs.append((group, reference, difference))
+
+    tests = [difference.test if difference else None for _, _, difference in pairs]
+    p_values = holm([test.p if test else None for test in tests])
+    comparisons = []
+    for (group, reference, difference), p in zip(pairs, p_values, strict=True):
+        found = "–"
+        if group.diverged:
+            found = "diverged"
+        elif reference is not None and reference.diverged:
+            found = "reference diverged"
+        elif difference:
+            found = describe(difference, p, margin)
+        elif reference is not None:
+            found = "no common seed"
+        comparisons.append(Comparison(group, reference, difference, p, found))
+    return comparisons
+
+
+def verdicts(comparisons: list[Comparison]) -> list[str]:
+    """Return a sentence for each run of the file at the longest horizon that was compared.
+
+    Of several settings, as in a sweep, it is about the best.
+    """
+    compared = [one for one in comparisons if one.reference is not None]
+    longest = max((one.group.tokens for one in compared), default=0)
+    best: dict[str, Comparison] = {}
+    for one in sorted(compared, key=lambda one: one.group.loss, reverse=True):
+        is_other = one.reference is not None and one.group.table != one.reference.table
+        if one.group.tokens == longest and is_other:
+            best[one.group.table] = one
+
+    sentences = []
+    for one in best.values():
+        assert one.reference is not None
+        against = f"{one.group.name} against {one.reference.name}, {format_tokens(longest)} tokens"
+        if one.difference is None or one.difference.test is None:
+            sentences.append(f"verdict: {against}: not tested, {one.verdict}")
+            continue
+        sentences.append(
+            f"verdict: {against}: {one.verdict} ({one.difference.mean:+.4f} nats, 95 % interval "
+            f"{format_interval(one.difference.test)}, {one.difference.pairs} pairs, "
+            f"p {format_p(one.p)})"
+        )
+    return sentences
+
+
+def without_empty(rows: list[Row]) -> list[Row]:
+    """Return the rows without the columns that have a dash in all of them."""
+    kept: list[Row] = []
+    for row in rows:
+        kept.append({})
+        for column, text in row.items():
+            if any(other.get(column, "–") != "–" for other in rows):
+                kept[-1][column] = text
+    return kept
+
+
+def loss_row(comparison: Comparison) -> Row:
+    """Return a group's final loss, and its difference from the reference."""
+    group, difference = comparison.group, comparison.difference
     row = {
         "run": group.name,
-        "seeds": str(len(group.losses)),
+        "seeds": str(len(group.runs)),
         "steps": f"{group.horizon:,}",
-        "val loss": f"{group.mean:.4f}",
-        "±": "–" if group.deviation is None else f"{group.deviation:.4f}",
+        "val loss": format_loss(group),
+        "minus reference": "–",
+        "95 % interval": "–",
+        "pairs": "–",
+        "p": "–",
+        "detectable": "–",
+        "verdict": comparison.verdict,
     }
-    reference = base.get(group.horizon)
-    if reference is None or reference is group:
-        return row | {"minus reference": "–", "p": "–", "pairs": "–"}
-    difference = compare_losses(group, reference)
-    return row | {
-        "minus reference": f"{difference.mean:+.4f}",
-        "p": "–" if difference.p is None else f"{difference.p:.3f}",
-        "pairs": str(difference.seeds),
-    }
+    if difference:
+        row["minus reference"] = f"{difference.mean:+.4f}"
+        row["pairs"] = str(difference.pairs)
+    if difference and difference.test:
+        row["95 % interval"] = format_interval(difference.test)
+        row["p"] = format_p(comparison.p)
+        row["detectable"] = f"{difference.test.detectable:.4f}"
+    return row
+
+
+def format_loss(group: Group) -> str:
+    """Return a group's loss ± deviation, or with diverged runs their number and the median."""
+    if not group.diverged:
+        deviation = "" if group.deviation is None else f" ± {group.deviation:.4f}"
+        return f"{group.loss:.4f}{deviation}"
+    median = f", median {group.loss:.4f}" if math.isfinite(group.loss) else ""
+    return f"{group.diverged} of {len(group.runs)} diverged{median}"
+
+
+def format_interval(test: PairedTest) -> str:
+    return f"{test.low:+.4f} to {test.high:+.4f}"
+
+
+def format_p(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def explain_losses(comparisons: list[Comparison], margin: float) -> str:
+    """Return the sentences below the table of final losses."""
+    tested = sum(comparison.p is not None for comparison in comparisons)
+    if not tested:
+        return ""
+    return (
+        f"Differences are paired over common seeds. p: two-sided t-test, corrected for the "
+        f"{tested} comparisons of this table (Holm). Equal: two one-sided tests with a margin of "
+        f"{margin:g} nats. Detectable: the true difference that an uncorrected test of this many "
+        f"pairs finds with 80 % power."
+    )
 
 
 def cost_row(group: Group) -> Row:
@@ -123,7 +321,7 @@ def cost_row(group: Group) -> Row:
         clipped += [record["clipped"] for record in run.records if "clipped" in record]
     return {
         "run": group.name,
-        "tokens": f"{tokens_of(config) / 1e6:,.1f}M",
+        "tokens": format_tokens(group.tokens),
         "FLOPs": f"{step_flops(config) * group.horizon:.3g}",
         "hours": f"{mean_seconds(group) / 3600:.3f}",
         "T(step) ms": "–" if step is None else f"{step:.1f}",
@@ -138,30 +336,44 @@ def mean_seconds(group: Group) -> float:
     return sum(run.validations[-1]["seconds"] for run in group.runs) / len(group.runs)
 
 
-def target_rows(groups: list[Group], base: dict[int, Group], target: float | None) -> list[Row]:
-    """Return, for each run of the file, its shortest schedule that ends at the target or below."""
+def format_tokens(tokens: int) -> str:
+    """Return a number of tokens with three digits: 8.19K, 491M, 49.2B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if tokens >= size:
+            return f"{tokens / size:,.3g}{unit}"
+    return str(tokens)
+
+
+def target_rows(groups: list[Group], base: dict[Key, Group], target: float | None) -> list[Row]:
+    """Return, for each run of the file, its shortest schedule that ends at the target or below.
+
+    Losses are compared as they are printed, with four digits.
+    """
     if target is None:
         # The reference's loss at the longest horizon that another run has too.
         shared = []
         for group in groups:
-            if group.horizon in base and group.table != base[group.horizon].table:
-                shared.append(group.horizon)
+            if key_of(group) in base and group.table != base[key_of(group)].table:
+                shared.append(key_of(group))
         if not shared:
             return []
-        target = base[max(shared)].mean
+        target = base[max(shared)].loss
+    if not math.isfinite(target):
+        return []
 
     rows = []
     for table in dict.fromkeys(group.table for group in groups):
         row = {"run": table, "target": f"{target:.4f}"}
-        reached = [group for group in groups if group.table == table and group.mean <= target]
+        own = [group for group in groups if group.table == table]
+        reached = [group for group in own if round(group.loss, 4) <= round(target, 4)]
         if not reached:
             rows.append(row | {"steps": "not reached"})
             continue
-        shortest = min(reached, key=lambda group: group.horizon)
+        shortest = min(reached, key=lambda group: group.tokens)
         config = shortest.runs[0].config
         row |= {
             "steps": f"{shortest.horizon:,}",
-            "tokens": f"{tokens_of(config) / 1e6:,.1f}M",
+            "tokens": format_tokens(shortest.tokens),
             "FLOPs": f"{step_flops(config) * shortest.horizon:.3g}",
             "seconds": f"{mean_seconds(shortest):,.0f}",
         }
@@ -169,46 +381,87 @@ def target_rows(groups: list[Group], base: dict[int, Group], target: float | Non
     return rows
 
 
-def doubled_rows(groups: list[Group], base: dict[int, Group]) -> list[Row]:
+def doubled_rows(groups: list[Group], base: dict[Key, Group], margin: float) -> list[Row]:
     """Return each run at T beside the reference at T and at 2T."""
     rows = []
     for group in groups:
-        once, twice = base.get(group.horizon), base.get(2 * group.horizon)
+        tokens, batch_size = key_of(group)
+        once, twice = base.get((tokens, batch_size)), base.get((2 * tokens, batch_size))
         if once is None or twice is None or once is group:
             continue
-        rows.append(
-            {
-                "run": group.name,
-                "T": f"{group.horizon:,}",
-                "loss at T": f"{group.mean:.4f}",
-                "reference at T": f"{once.mean:.4f}",
-                "reference at 2T": f"{twice.mean:.4f}",
-                "as good as 2T": "yes" if group.mean <= twice.mean else "no",
-            }
-        )
+        row = {
+            "run": group.name,
+            "T": f"{group.horizon:,}",
+            "loss at T": format_loss(group),
+            "reference at T": format_loss(once),
+            "reference at 2T": format_loss(twice),
+            "minus 2T": "–",
+            "95 % interval": "–",
+            "pairs": "–",
+            "p": "–",
+            "as good as 2T": "not tested",
+        }
+        difference = compare_losses(group, twice, margin)
+        if difference:
+            row["minus 2T"], row["pairs"] = f"{difference.mean:+.4f}", str(difference.pairs)
+        test = difference.test if difference else None
+        if test:
+            row["95 % interval"] = format_interval(test)
+            row["p"] = format_p(test.p_not_worse)
+            row["as good as 2T"] = "not shown"
+            if test.p_not_worse < 1 - CONFIDENCE:
+                row["as good as 2T"] = "yes"
+            elif test.low > 0:
+                row["as good as 2T"] = "no"
+        rows.append(row)
     return rows
 
 
-def efficiency_rows(groups: list[Group], base: dict[int, Group]) -> list[Row]:
+def efficiency_rows(groups: list[Group], base: dict[Key, Group]) -> list[Row]:
     """Return how many tokens the reference would need for a run's loss, over the run's own."""
-    law = fit_power_law(list(base.values()))
-    if law is None:
-        return []
     rows = []
-    for group in groups:
-        if group in base.values():
-            continue
-        own, needed = tokens_of(group.runs[0].config), law.tokens(group.mean)
-        ratio = "beyond the fit's floor" if needed is None else f"{needed / own:.2f}"
-        is_inside = needed is not None and law.covers(needed)
-        rows.append(
-            {
-                "run": group.name,
-                "D_eff / D": ratio,
-                "within the fit": "yes" if is_inside else "no, extrapolated",
-            }
-        )
+    for batch_size in dict.fromkeys(group.batch_size for group in groups):
+        horizons = fitted(base, batch_size)
+        law = fit_power_law([(horizon.tokens, horizon.loss) for horizon in horizons])
+        for group in groups:
+            is_other = group.batch_size == batch_size and group not in horizons
+            if law is None or group.diverged or not is_other:
+                continue
+            value, low, high = data_efficiency(group, horizons)
+            needed = None if value is None else value * group.tokens
+            is_inside = needed is not None and law.covers(needed)
+            rows.append(
+                {
+                    "run": group.name,
+                    "D_eff / D": "below the fit's floor" if value is None else f"{value:.2f}",
+                    "95 % interval": "–" if math.isnan(low) else f"{low:.2f} to {high:.2f}",
+                    "within the fit": "yes" if is_inside else "no, extrapolated",
+                }
+            )
     return rows
+
+
+def fitted(base: dict[Key, Group], batch_size: int) -> list[Group]:
+    """Return the reference's horizons, of one batch size, that have not diverged."""
+    return [
+        group for group in base.values() if group.batch_size == batch_size and not group.diverged
+    ]
+
+
+def explain_fit(base: dict[Key, Group]) -> str:
+    """Return the sentences below the table of data efficiency."""
+    lines = ["Intervals: bootstrap over common seeds."]
+    for batch_size in dict.fromkeys(group.batch_size for group in base.values()):
+        horizons = fitted(base, batch_size)
+        law = fit_power_law([(horizon.tokens, horizon.loss) for horizon in horizons])
+        if law is not None:
+            unit = format_tokens(int(law.points[0][0]))
+            lines.append(
+                f"Fit for batches of {batch_size}: {law.a:.3g} (D/{unit})^−{law.b:.3g} + "
+                f"{law.c:.3g}, largest residual {law.largest_residual():.4f}."
+            )
+            lines += [f"Warning: {doubt}." for doubt in law.doubts()]
+    return " ".join(lines)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -226,12 +479,13 @@ def summary(run: StoredRun) -> dict[str, Any]:
     return {
         "name": run.name,
         "finished": run.is_finished,
-        "step": last["step"],
+        "diverged": run.is_diverged,
+        "step": run.step,
         "val_loss": last["val_loss"] if math.isfinite(last["val_loss"]) else None,
         "seed": run.seed,
-        "tokens": last["tokens"],
+        "tokens": run.step * tokens_per_step(run.config),
         "seconds": last["seconds"],
-        "flops": step_flops(run.config) * last["step"],
+        "flops": step_flops(run.config) * run.step,
         "step_ms": step,
         "hessian_ms": estimate,
         "clipped_share": sum(clipped) / len(clipped) if clipped else None,
@@ -241,23 +495,34 @@ def summary(run: StoredRun) -> dict[str, Any]:
     }
 
 
-def write_files(out: Path, runs: list[StoredRun], report: str) -> list[str]:
+def write_files(out: Path, runs: list[StoredRun], report: Report) -> list[str]:
     """Write compare.md, .csv, .json, .png, .svg, and .html if plotly is installed.
 
     Returns the suffixes of the files written.
     """
     out.mkdir(parents=True, exist_ok=True)
     summaries = [summary(run) for run in runs]
-    write_text(out / "compare.md", report + "\n")
+    write_text(out / "compare.md", report.as_markdown() + "\n")
     write_text(out / "compare.csv", _as_csv(summaries))
     lines = ",\n".join(json.dumps(one) for one in summaries)  # one run per line
     write_text(out / "compare.json", f"[\n{lines}\n]\n")
     plots.draw_curves(runs, [out / "compare.png", out / "compare.svg"])
 
     suffixes = ["md", "csv", "json", "png", "svg"]
-    if plots.write_page(runs, report, out / "compare.html"):
+    if plots.write_page(runs, report_as_html(report), out / "compare.html"):
         suffixes.append("html")
     return suffixes
+
+
+def report_as_html(report: Report) -> tuple[str, str]:
+    """Return what stands above the charts of the page, and what stands below."""
+    above = "".join(f"<p><strong>{html.escape(line)}</strong></p>" for line in report.verdicts)
+    below = "".join(f"<p>{html.escape(line)}</p>" for line in report.notes)
+    for section in report.sections:
+        table = tabulate(section.rows, headers="keys", tablefmt="html", disable_numparse=True)
+        below += f"<h2>{html.escape(section.title)}</h2><div class=table>{table}</div>"
+        below += f"<p>{html.escape(section.explanation)}</p>"
+    return above, below
 
 
 def _as_csv(summaries: list[dict[str, Any]]) -> str:

@@ -7,8 +7,10 @@ rate decides and not the optimizer. A horizon is the number of steps of a whole 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,8 @@ DECISIVE = KEYS.keys() - FREE_KEYS - {"train.eval_interval"} | {"data.path"}
 # Those of them that may differ between compared runs: what is compared, and what is repeated over.
 COMPARED = {key for key in KEYS if key.startswith("optimizer.")}
 COMPARED |= {"train.seed", "train.max_steps"}
+# What must be the same besides the config, of environment.json.
+ENVIRONMENT = ("commit", "uncommitted_changes", "torch", "device", "world_size")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class StoredRun:
     environment: dict[str, Any]  # environment.json
     records: list[dict[str, Any]]  # of steps
     validations: list[dict[str, Any]]
+    where: str = ""  # its folder, or its address at wandb
 
     @property
     def name(self) -> str:
@@ -60,8 +65,29 @@ class StoredRun:
         return self.config["train"]["seed"]
 
     @property
+    def step(self) -> int:
+        """The last step that was logged or validated."""
+        return max(record["step"] for record in [*self.records[-1:], *self.validations[-1:]])
+
+    @property
     def is_finished(self) -> bool:
         return bool(self.validations) and self.validations[-1]["step"] == self.horizon
+
+    @property
+    def skipped(self) -> int:
+        """The number of steps that were skipped because loss or gradient was not finite."""
+        return sum(bool(record.get("skipped")) for record in self.records)
+
+    @property
+    def is_diverged(self) -> bool:
+        """Whether the run skipped steps, or the last loss is not finite.
+
+        Not with float16: its scaler finds the largest factor by skipping.
+        """
+        if self.config["train"]["dtype"] != "float16" and self.skipped:
+            return True
+        is_stopped = bool(self.records) and bool(self.records[-1].get("skipped"))
+        return is_stopped or not math.isfinite(self.final_loss)
 
     @property
     def final_loss(self) -> float:
@@ -76,29 +102,41 @@ class StoredRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that differ only in their seed."""
+    """Finished or diverged runs that differ only in their seed."""
 
     runs: list[StoredRun]
+    where: str = ""  # tells groups of the same name apart
 
     @property
     def name(self) -> str:
         """The run's name without its seed."""
         parts = self.runs[0].name.split(",")
-        return ",".join(part for part in parts if not part.startswith("seed="))
+        name = ",".join(part for part in parts if not part.startswith("seed="))
+        return f"{name} ({self.where})" if self.where else name
 
     @property
     def losses(self) -> dict[int, float]:
-        """{seed: final loss}."""
-        return {run.seed: run.final_loss for run in self.runs}
+        """{seed: final loss}, infinite for a diverged run."""
+        return {run.seed: math.inf if run.is_diverged else run.final_loss for run in self.runs}
 
     @property
-    def mean(self) -> float:
+    def diverged(self) -> int:
+        """The number of diverged runs."""
+        return sum(run.is_diverged for run in self.runs)
+
+    @property
+    def loss(self) -> float:
+        """The mean over seeds; with diverged runs the median, in which they are infinite."""
+        if self.diverged:
+            return statistics.median(self.losses.values())
         return statistics.fmean(self.losses.values())
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation over seeds, or None for a single one."""
-        return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
+        """The sample standard deviation over seeds; None for a single or a diverged one."""
+        if self.diverged or len(self.runs) < 2:
+            return None
+        return statistics.stdev(self.losses.values())
 
     @property
     def table(self) -> str:
@@ -111,6 +149,15 @@ class Group:
     @property
     def horizon(self) -> int:
         return self.runs[0].horizon
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the whole schedule."""
+        return self.horizon * tokens_per_step(self.runs[0].config)
+
+    @property
+    def batch_size(self) -> int:
+        return self.runs[0].config["train"]["batch_size"]
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -149,7 +196,7 @@ def read_run(folder: Path) -> StoredRun | None:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         records = read_metrics(folder / METRICS)
-        run = StoredRun(config, read_environment(folder), *split_records(records))
+        run = StoredRun(config, read_environment(folder), *split_records(records), str(folder))
         is_valid = run.name and run.optimizer and run.horizon > 0 and run.seed >= 0
         if not is_valid or not step_flops(config):
             raise ValueError("not a config of this trainer")
@@ -212,7 +259,7 @@ def _from_wandb(run: Any) -> StoredRun:
     for row in run.scan_history(use_cache=False):  # the run may have grown since
         rows.append({key: _number(value) for key, value in row.items() if value is not None})
     rows.sort(key=lambda row: row["step"])
-    return StoredRun(config, environment, *split_records(rows))
+    return StoredRun(config, environment, *split_records(rows), f"wandb {run.id}")
 
 
 def _number(value: Any) -> Any:
@@ -224,22 +271,55 @@ def _number(value: Any) -> Any:
 
 
 def group_runs(runs: Iterable[StoredRun]) -> list[Group]:
-    """Return the finished runs, grouped by everything but their seed, in their order."""
-    groups: dict[str, dict[int, StoredRun]] = {}
+    """Return finished and diverged runs, grouped by everything but their seed, in their order.
+
+    A second run with the same settings and seed is kept apart, in another group. Groups of the same
+    name also have the folder of their first run.
+    """
+    groups: dict[tuple[str, int], dict[int, StoredRun]] = {}
     for run in runs:
-        if run.is_finished:
-            groups.setdefault(run.settings, {})[run.seed] = run
-    return [Group(list(by_seed.values())) for by_seed in groups.values()]
+        if run.is_finished or run.is_diverged:
+            copy = 0
+            while run.seed in groups.setdefault((run.settings, copy), {}):
+                copy += 1
+            groups[run.settings, copy][run.seed] = run
+
+    found = [Group(list(by_seed.values())) for by_seed in groups.values()]
+    names = Counter(group.name for group in found)
+    for index, group in enumerate(found):
+        if names[group.name] > 1:
+            found[index] = Group(group.runs, group.runs[0].where)
+    return found
+
+
+def repeated_runs(runs: Iterable[StoredRun]) -> list[list[StoredRun]]:
+    """Return the sets of runs that have the same settings and the same seed."""
+    same: dict[tuple[str, int], list[StoredRun]] = {}
+    for run in runs:
+        same.setdefault((run.settings, run.seed), []).append(run)
+    return [copies for copies in same.values() if len(copies) > 1]
 
 
 def confounders(runs: list[StoredRun]) -> list[str]:
     """Return what differs between the runs besides the optimizer, as lines "key: value, value"."""
     lines = []
     for key in sorted(DECISIVE - COMPARED):
-        values = sorted({json.dumps(value_of(run.config, key)) for run in runs})
-        if len(values) > 1:
-            lines.append(f"{key}: {', '.join(values)}")
-    return lines
+        lines.append((key, [value_of(run.config, key) for run in runs]))
+    for key in ENVIRONMENT:
+        lines.append((key, [run.environment.get(key) for run in runs]))
+    for split in ("train", "val"):
+        digests = []
+        for run in runs:
+            splits = run.environment.get("data", {}).get("splits", {})
+            digests.append(splits.get(split, {}).get("fingerprint"))
+        lines.append((f"{split}.bin", digests))
+
+    differences = []
+    for key, values in lines:
+        texts = sorted({json.dumps(value) for value in values})
+        if len(texts) > 1:
+            differences.append(f"{key}: {', '.join(texts)}")
+    return differences
 
 
 def step_flops(config: dict[str, Any]) -> float:
@@ -247,10 +327,6 @@ def step_flops(config: dict[str, Any]) -> float:
     return cost.step_flops(from_stored(config))
 
 
-def tokens_of(config: dict[str, Any]) -> int:
-    """Return the tokens of the whole schedule of a stored config."""
-    return (
-        config["train"]["max_steps"]
-        * config["train"]["batch_size"]
-        * (config["model"]["block_size"])
-    )
+def tokens_per_step(config: dict[str, Any]) -> int:
+    """Return the tokens of a batch, for a stored config."""
+    return config["train"]["batch_size"] * config["model"]["block_size"]

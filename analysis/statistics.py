@@ -5,35 +5,112 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis.runs import Group, StoredRun, tokens_of
+from analysis.runs import Group, StoredRun
+
+CONFIDENCE = 0.95
+MARGIN = 0.02  # nats per token: differences below it are called equal
+POWER = 0.8
+BOOTSTRAP = 200  # draws of seeds
+EXPONENTS = (0.01, 5.0)  # of a power law, bounds of the fit
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """What two or more paired differences show."""
+
+    low: float  # of the 95 % interval of the mean, t distribution
+    high: float
+    p: float  # of a t-test for a mean of 0, two-sided
+    p_equal: float  # of two one-sided t-tests for a mean beyond the margin (TOST)
+    p_not_worse: float  # of the one of them for a mean above the margin
+    detectable: float  # the true difference that the t-test would find with 80 % power
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean difference of two groups' losses, and its p-value."""
+    """The losses of one group minus those of another, paired over the seeds that both have."""
 
     mean: float
-    p: float | None  # two-sided; None with fewer than two seeds, or if no difference varies
-    seeds: int
+    pairs: int
+    test: PairedTest | None  # None for a single pair
 
 
-def compare_losses(a: Group, b: Group) -> Difference:
-    """Return a's losses minus b's, with a paired t-test over the seeds that both have.
+def compare_losses(a: Group, b: Group, margin: float = MARGIN) -> Difference | None:
+    """Return the difference of two groups, or None without a common seed or if a run has diverged.
 
     The same seed means the same initial weights and batches.
     """
+    seeds = sorted(a.losses.keys() & b.losses.keys())
+    if not seeds or a.diverged or b.diverged:
+        return None
+    differences = [a.losses[seed] - b.losses[seed] for seed in seeds]
+    test = paired_test(differences, margin) if len(seeds) > 1 else None
+    return Difference(statistics.fmean(differences), len(seeds), test)
+
+
+def paired_test(differences: list[float], margin: float = MARGIN) -> PairedTest:
+    """Test paired differences, one per seed and two or more."""
     from scipy import stats
 
-    seeds = sorted(a.losses.keys() & b.losses.keys())
-    if not seeds:
-        return Difference(a.mean - b.mean, None, 0)
-    a_losses = [a.losses[seed] for seed in seeds]
-    b_losses = [b.losses[seed] for seed in seeds]
-    mean = statistics.fmean(a_losses) - statistics.fmean(b_losses)
-    p = float(stats.ttest_rel(a_losses, b_losses).pvalue) if len(seeds) > 1 else math.nan
-    return Difference(mean, p if math.isfinite(p) else None, len(seeds))
+    n, mean = len(differences), statistics.fmean(differences)
+    deviation = statistics.stdev(differences)
+    error = max(deviation / math.sqrt(n), 1e-12)  # equal differences have no error to divide by
+    t = stats.t(n - 1)
+    half = float(t.ppf(0.5 + CONFIDENCE / 2)) * error
+    p_not_worse = float(t.cdf((mean - margin) / error))
+    p_not_better = float(t.sf((mean + margin) / error))
+    return PairedTest(
+        low=mean - half,
+        high=mean + half,
+        p=2 * float(t.sf(abs(mean) / error)),
+        p_equal=max(p_not_worse, p_not_better),
+        p_not_worse=p_not_worse,
+        detectable=detectable_difference(deviation, n),
+    )
+
+
+def describe(difference: Difference, p: float | None, margin: float) -> str:
+    """Return what a difference shows in a word or two, given its p after Holm's correction."""
+    if difference.test is None or p is None:
+        return "one seed"
+    is_small = difference.test.p_equal < 1 - CONFIDENCE
+    if p < 1 - CONFIDENCE:
+        side = "lower" if difference.mean < 0 else "higher"
+        return f"{side}, by less than {margin:g}" if is_small else side
+    return f"equal within {margin:g}" if is_small else "not resolved"
+
+
+def detectable_difference(deviation: float, n: int) -> float:
+    """Return the true difference that a two-sided paired t-test finds with 80 % power.
+
+    Args:
+        deviation: standard deviation of the paired differences.
+        n: pairs, at least 2.
+    """
+    from scipy import optimize, stats
+
+    threshold = float(stats.t(n - 1).ppf(0.5 + CONFIDENCE / 2))
+
+    def missing_power(noncentrality: float) -> float:
+        # A significant difference of the wrong sign is too rare to count.
+        return float(stats.nct.sf(threshold, n - 1, noncentrality)) - POWER
+
+    # In units of the mean's standard error. Power grows with it, from 5 % at 0.
+    return optimize.brentq(missing_power, 0.0, 20 * threshold) * deviation / math.sqrt(n)
+
+
+def holm(p_values: list[float | None]) -> list[float | None]:
+    """Return p-values corrected for their number (Holm's method); None stays None."""
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        corrected[index] = largest
+    return corrected
 
 
 def step_times(runs: list[StoredRun]) -> tuple[float | None, float | None]:
@@ -66,37 +143,49 @@ class PowerLaw:
     a: float
     b: float
     c: float
-    unit: float
-    shortest: float  # tokens
-    longest: float
+    points: tuple[tuple[float, float], ...]  # the tokens and losses that it was fitted to
 
     def loss(self, tokens: float) -> float:
-        return self.a * (tokens / self.unit) ** -self.b + self.c
+        return self.a * (tokens / self.points[0][0]) ** -self.b + self.c
 
     def tokens(self, loss: float) -> float | None:
         """Return the tokens that the law needs for a loss, or None below its floor c."""
         if loss <= self.c:
             return None
-        return self.unit * (self.a / (loss - self.c)) ** (1 / self.b)
+        return self.points[0][0] * (self.a / (loss - self.c)) ** (1 / self.b)
 
     def covers(self, tokens: float) -> bool:
         """Return whether the number is between measured horizons, not extrapolated."""
-        return self.shortest <= tokens <= self.longest
+        return self.points[0][0] <= tokens <= self.points[-1][0]
+
+    def largest_residual(self) -> float:
+        """Return by how much the law misses the loss of a horizon, at most."""
+        return max(abs(loss - self.loss(tokens)) for tokens, loss in self.points)
+
+    def doubts(self) -> list[str]:
+        """Return what speaks against the fit, as text."""
+        doubts = []
+        if len(self.points) <= 3:
+            doubts.append("three horizons leave no degree of freedom")
+        if self.c < 1e-6:
+            doubts.append("the floor is at its bound of 0")
+        if self.b < 1.01 * EXPONENTS[0] or self.b > 0.99 * EXPONENTS[1]:
+            doubts.append(f"the exponent is at a bound, {self.b:.3g}")
+        return doubts
 
 
-def fit_power_law(groups: list[Group]) -> PowerLaw | None:
-    """Fit a power law to the final losses of one optimizer's horizons.
+def fit_power_law(points: Sequence[tuple[float, float]]) -> PowerLaw | None:
+    """Fit a power law to (tokens, final loss) of one optimizer's horizons.
 
     Returns None for fewer than three horizons, or if the fit does not converge.
     """
     import numpy as np
     from scipy.optimize import curve_fit
 
-    points = sorted((tokens_of(group.runs[0].config), group.mean) for group in groups)
+    points = sorted((float(tokens), loss) for tokens, loss in points)
     if len({tokens for tokens, _ in points}) < 3:
         return None
-    tokens = np.array([point[0] for point in points], float)
-    losses = np.array([point[1] for point in points], float)
+    tokens, losses = np.array(points, float).T
     spread = losses.max() - losses.min()
     try:
         with warnings.catch_warnings():
@@ -106,10 +195,42 @@ def fit_power_law(groups: list[Group]) -> PowerLaw | None:
                 tokens / tokens[0],
                 losses,
                 p0=(2 * spread, 0.5, max(0.0, losses.min() - spread)),
-                bounds=((0, 1e-2, 0), (np.inf, 5, np.inf)),
+                bounds=((0, EXPONENTS[0], 0), (np.inf, EXPONENTS[1], np.inf)),
                 max_nfev=20_000,
             )
     except (RuntimeError, ValueError):
         return None
-    shortest, longest = float(tokens[0]), float(tokens[-1])
-    return PowerLaw(float(a), float(b), float(c), shortest, shortest, longest)
+    return PowerLaw(float(a), float(b), float(c), tuple(points))
+
+
+def data_efficiency(group: Group, reference: list[Group]) -> tuple[float | None, float, float]:
+    """Return the tokens that the reference needs for a group's loss, over the group's own.
+
+    Also returns the bounds of a 95 % interval: a bootstrap over the seeds that all have, which
+    draws the reference's losses at all horizons and the group's together. The first is None, and a
+    bound infinite, where the loss is below the fitted law's floor. Without two common seeds the
+    bounds are NaN.
+    """
+    import numpy as np
+
+    def ratio(seeds: list[int]) -> float:
+        points = []
+        for horizon in reference:
+            losses = horizon.losses
+            mean = statistics.fmean([losses[seed] for seed in seeds] or losses.values())
+            points.append((horizon.tokens, mean))
+        law = fit_power_law(points)
+        own = statistics.fmean([group.losses[seed] for seed in seeds] or group.losses.values())
+        needed = law.tokens(own) if law else None
+        return math.inf if needed is None else needed / group.tokens
+
+    value = ratio([])
+    seeds = sorted(set(group.losses).intersection(*(horizon.losses for horizon in reference)))
+    low = high = math.nan
+    if len(seeds) > 1:
+        draws = np.random.default_rng(0).choice(seeds, (BOOTSTRAP, len(seeds)))
+        ratios = [ratio(draw.tolist()) for draw in draws]
+        low, high = np.quantile(
+            ratios, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2], method="nearest"
+        )
+    return (value if math.isfinite(value) else None), float(low), float(high)

@@ -5,10 +5,11 @@
     python scripts/compare.py --wandb me/sophia-gpt2/gpt2_125m --out results/mine
 
 Writes compare.md, .csv, .json, .png, .svg, and .html if plotly is installed. Runs that differ only
-in their seed are one line: mean ± standard deviation, and the difference from the reference at the
-same horizon over common seeds, with a paired t-test. Speed-ups are read only from whole, fully
-decayed schedules, because before its end the learning rate decides the loss. Unfinished runs are
-drawn but not compared, and steps are never read off a curve.
+in their seed are one line: mean ± standard deviation, and the difference from the reference with as
+many tokens and the same batch, paired over common seeds, with a 95 % interval and tests. Speed-ups
+are read only from whole, fully decayed schedules, because before its end the learning rate decides
+the loss. Unfinished runs are drawn but not compared, diverged ones are counted, and steps are never
+read off a curve.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.report import make_report, write_files
 from analysis.runs import find_runs, wandb_runs
+from analysis.statistics import MARGIN
 from runtime.cli import Parser, UserError, number, reason, run_main
 
 
@@ -31,8 +33,8 @@ def main() -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes the name of a folder")
 
-    report = make_report(runs, arguments.reference, arguments.target)
-    print(report)
+    report = make_report(runs, arguments.reference, arguments.target, arguments.margin)
+    print(report.as_markdown())
     suffixes = write_files(out, runs, report)
     print(f"wrote compare.{', .'.join(suffixes)} to {out}")
     if "html" not in suffixes:
@@ -54,6 +56,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="LOSS",
         type=number(float, 0),
         help="loss to reach, nats per token (default: the reference's last)",
+    )
+    add(
+        "--margin",
+        metavar="NATS",
+        type=number(float, 0),
+        default=MARGIN,
+        help=f"differences that count as none, nats per token (default: {MARGIN})",
     )
     arguments = parser.parse_args()
     if bool(arguments.folders) == bool(arguments.wandb):

@@ -6,15 +6,16 @@
     python scripts/figures.py sweep out/ablation_attention-cpu --x optimizer.lr        # Figure 7(b)
     python scripts/figures.py clipped out/gpt2_30m-cpu                     # Figure 7(a)
 
-Each command prints a table and writes it, with a plot, to the first folder or to --out DIR. Only
-finished runs count. In a sweep a cell is the best over all keys that are neither x nor y, and the
-mean over seeds.
+Each command prints a table and writes it, with a plot, to the first folder or to --out DIR.
+Unfinished runs are left out. In a sweep a cell is the best over all keys that are neither x nor y,
+and the mean over seeds; if a seed has diverged, the median, in which its loss is infinite.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis import plots
-from analysis.report import Row, format_table
+from analysis.report import Row, format_loss, format_table
 from analysis.runs import Group, StoredRun, find_runs, group_runs
 from model import ModelConfig
 from runtime.cli import Parser, UserError, run_main
@@ -41,7 +42,7 @@ COMMANDS = {
 
 def main() -> None:
     arguments = parse_arguments()
-    runs = [run for run in find_runs(arguments.folders) if run.is_finished]
+    runs = [run for run in find_runs(arguments.folders) if run.is_finished or run.is_diverged]
     if not runs:
         raise UserError(
             f"{arguments.folders[0]}: no finished run; continue them with scripts/run.py"
@@ -117,7 +118,7 @@ def draw_against(
     for group in group_runs(runs):
         best = points.setdefault(group.table, {})
         x = key(group.runs[0])
-        if x not in best or group.mean < best[x].mean:
+        if x not in best or group.loss < best[x].loss:
             best[x] = group
     columns = sorted({x for groups in points.values() for x in groups})
 
@@ -126,11 +127,11 @@ def draw_against(
     rows = []
     for name, groups in points.items():
         xs = sorted(groups)
-        means = [groups[x].mean for x in xs]
+        means = [groups[x].loss for x in xs]
         deviations = [groups[x].deviation or 0.0 for x in xs]
         color = plots.color_of(groups[xs[0]].optimizer)
         panel.errorbar(xs, means, deviations, label=name, color=color, marker="o", capsize=3)
-        cells = {f"{x:,}": with_deviation(groups[x]) if x in groups else "" for x in columns}
+        cells = {f"{x:,}": format_loss(groups[x]) if x in groups else "" for x in columns}
         rows.append({"run": name} | cells)
 
     panel.set_xscale("log")
@@ -139,12 +140,6 @@ def draw_against(
     panel.set(xlabel=x_label, ylabel=y_label)
     panel.legend(frameon=False)
     return rows, figure
-
-
-def with_deviation(group: Group) -> str:
-    if group.deviation is None:
-        return f"{group.mean:.4f}"
-    return f"{group.mean:.4f} ± {group.deviation:.4f}"
 
 
 # ---- Sweeps --------------------------------------------------------------------------------------
@@ -164,7 +159,7 @@ def sweep(runs: list[StoredRun], x_key: str, y_key: str | None) -> tuple[list[Ro
         y = value_of(config, y_key) if y_key else None
         if isinstance(x, int | float):
             cells = lines.setdefault((group.table, y), {})
-            cells[x] = min(cells.get(x, float("inf")), group.mean)
+            cells[x] = min(cells.get(x, math.inf), group.loss)
             optimizers[group.table] = group.optimizer
     if not lines:
         raise UserError(f"--x={x_key}: no run has a number there")
@@ -179,7 +174,9 @@ def sweep(runs: list[StoredRun], x_key: str, y_key: str | None) -> tuple[list[Ro
         row = {"run": names[line]}
         for x in columns:
             mark = " *" if x == best else ""
-            row[f"{x:g}"] = f"{cells[x]:.4f}{mark}" if x in cells else ""
+            row[f"{x:g}"] = ""
+            if x in cells:
+                row[f"{x:g}"] = f"{cells[x]:.4f}{mark}" if math.isfinite(cells[x]) else "diverged"
         rows.append(row | {"best": f"{cells[best]:.4f}"})
     return rows, draw_sweep(lines, names, optimizers, x_key)
 
@@ -193,7 +190,7 @@ def draw_sweep(
     """Draw the lines with one colour per run of the file, and one line style per y."""
     plt = plots.pyplot()
     figure, panel = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    colors = table_colors(optimizers)
+    colors = plots.colors_of(optimizers)
     drawn: dict[str, int] = {}
     for (table, y), cells in lines.items():
         index = drawn.get(table, 0)
@@ -207,23 +204,12 @@ def draw_sweep(
     if xs[0] > 0 and xs[-1] > 4 * xs[0]:
         panel.set_xscale("log")
     losses = sorted(loss for cells in lines.values() for loss in cells.values())
-    if losses[-1] > 3 * losses[0]:
-        panel.set_yscale("log")  # something diverged
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if finite and finite[-1] > 3 * finite[0]:
+        panel.set_yscale("log")  # something almost diverged
     panel.set(xlabel=x_label, ylabel="final validation loss, nats per token")
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
     return figure
-
-
-def table_colors(optimizers: dict[str, str]) -> dict[str, str]:
-    """Return a colour per run of the file: its optimizer's if that is free, else an unused one."""
-    used = optimizers.values()
-    unused = [color for name, color in plots.COLORS.items() if name not in used]
-    free = itertools.chain(unused, itertools.repeat(plots.OTHER))
-    colors: dict[str, str] = {}
-    for table, optimizer in optimizers.items():
-        own = plots.COLORS.get(optimizer)
-        colors[table] = own if own and own not in colors.values() else next(free)
-    return colors
 
 
 # ---- Clipped steps -------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def is_finished(trial: Trial) -> bool:
 def final_loss(trial: Trial) -> float:
     """Return the last validation loss, or infinity if the run is not finished or diverged."""
     run = stored_run(trial)
-    if run is None or not run.is_finished or not math.isfinite(run.final_loss):
+    if run is None or not run.is_finished or run.is_diverged:
         return math.inf
     return run.final_loss
 

@@ -10,13 +10,14 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis import runs as analysis
 from analysis.report import make_report
-from analysis.statistics import compare_losses
+from analysis.statistics import POWER, compare_losses, detectable_difference, holm, paired_test
 from model import GPT, summed_loss
 from runtime.cli import UserError, run_main
 from runtime.cost import GRADIENTS_PER_HVP
@@ -67,7 +68,7 @@ def write_run(out: Path, run: str, losses: list[float], **overrides: object) -> 
 
 def report(out: Path, reference: str | None = None, target: float | None = None) -> str:
     """Return the report on all runs below a folder."""
-    return make_report(analysis.find_runs([out]), reference, target)
+    return make_report(analysis.find_runs([out]), reference, target).as_markdown()
 
 
 def read_table(text: str) -> list[list[str]]:
@@ -91,17 +92,26 @@ def test_seeds_give_a_mean_a_deviation_and_a_paired_test(tmp_path: Path) -> None
         write_run(tmp_path, "adamw", [3.0, adamw], train__seed=seed)
         write_run(tmp_path, "sophia-g", [3.0, sophia], train__seed=seed)
 
-    adamw_row, sophia_row = rows(report(tmp_path), "Final losses")
-    shown = [adamw_row[column] for column in ("run", "seeds", "val loss", "±")]
-    assert shown == ["tiny/adamw", "3", "2.2000", "0.2000"]
+    text = report(tmp_path)
+    adamw_row, sophia_row = rows(text, "Final losses")
+    shown = [adamw_row[column] for column in ("run", "seeds", "val loss")]
+    assert shown == ["tiny/adamw", "3", "2.2000 ± 0.2000"]
 
     # Differences -0.1, -0.2, 0: t = -0.1 / (0.1 / √3) = -√3, two degrees of freedom.
     p = 1 - math.sqrt(3) / math.sqrt(3 + 2)
     assert (sophia_row["minus reference"], sophia_row["p"]) == ("-0.1000", f"{p:.3f}")
     groups = analysis.group_runs(analysis.find_runs([tmp_path]))
-    difference = compare_losses(*reversed(groups))
-    assert difference.p == pytest.approx(p)
-    assert difference.seeds == 3
+    difference = compare_losses(groups[1], groups[0])
+    assert difference is not None
+    assert difference.test is not None
+    assert difference.test.p == pytest.approx(p)
+    assert difference.pairs == 3
+
+    # The 97.5 % quantile of t with two degrees of freedom is 4.3027.
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    assert sophia_row["95 % interval"] == f"{-0.1 - half:+.4f} to {-0.1 + half:+.4f}"
+    assert sophia_row["verdict"] == "not resolved"
+    assert "verdict: tiny/sophia-g against tiny/adamw, 1.54K tokens: not resolved (-0.1000" in text
 
     adamw_row, _ = rows(report(tmp_path, "sophia-g"), "Final losses")
     assert adamw_row["minus reference"] == "+0.1000"
@@ -127,13 +137,170 @@ def test_other_data_make_another_group_but_a_new_config_key_does_not(tmp_path: P
     old.write_text(json.dumps(config))
     write_run(tmp_path, "adamw", [2.2], train__seed=2)
     (row,) = rows(report(tmp_path), "Final losses")
-    assert (row["seeds"], row["val loss"]) == ("2", "2.1000")
+    assert (row["seeds"], row["val loss"]) == ("2", "2.1000 ± 0.1414")
 
     write_run(tmp_path, "adamw", [3.0], train__seed=3, data__path="elsewhere")
     text = report(tmp_path)
     assert len(rows(text, "Final losses")) == 2
     warning = "warning: the runs differ in more than the optimizer."
     assert f'{warning} data.path: "data", "elsewhere"' in text
+
+
+def test_the_same_settings_and_seed_twice_are_kept_apart(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "adamw", [2.0], train__seed=1)
+    write_run(tmp_path / "b", "adamw", [2.5], train__seed=1)
+    write_run(tmp_path / "b", "adamw", [2.1], train__seed=2)
+    text = report(tmp_path)
+    folders = [f"{tmp_path}/{name}/adamw,seed=1" for name in ("a", "b")]
+    assert f"warning: the same settings and seed, kept apart: {', '.join(folders)}" in text
+    names = {row["run"]: row["val loss"] for row in rows(text, "Final losses")}
+    assert names == {
+        f"tiny/adamw ({folders[0]})": "2.0500 ± 0.0707",
+        f"tiny/adamw ({folders[1]})": "2.5000",
+    }
+
+
+def test_reference_has_equal_tokens_and_the_same_batch(tmp_path: Path) -> None:
+    write_run(tmp_path, "adamw", [2.0])
+    write_run(tmp_path, "lion", [1.9])
+    # Half the batch for twice the steps: as many tokens, but another experiment.
+    write_run(tmp_path, "lion", [1.7], train__batch_size=4, train__max_steps=24)
+    same, other = rows(report(tmp_path), "Final losses")[1:]
+    assert same["minus reference"] == "-0.1000"
+    assert other["minus reference"] == "–"
+
+    write_run(tmp_path, "adamw", [1.8], train__batch_size=4, train__max_steps=24)
+    found = {row["run"]: row for row in rows(report(tmp_path), "Final losses")}
+    assert found["tiny/lion,batch_size=4,max_steps=24"]["minus reference"] == "-0.1000"
+
+
+# ---- Diverged runs -------------------------------------------------------------------------------
+
+
+def test_diverged_runs_are_counted_and_have_no_mean(tmp_path: Path) -> None:
+    for seed, losses in enumerate([2.0, 2.1, math.nan], start=1):
+        write_run(tmp_path, "adamw", [3.0, losses], train__seed=seed)
+        write_run(tmp_path, "lion", [3.0, 2.0 + seed / 10], train__seed=seed)
+    write_run(tmp_path, "sophia-g", [3.0, math.nan], train__seed=1)
+
+    text = report(tmp_path, reference="lion")
+    assert "note: tiny/adamw,seed=3 has diverged, step 12" in text
+    adamw, lion, sophia = rows(text, "Final losses")
+    assert adamw["val loss"] == "1 of 3 diverged, median 2.1000"
+    assert adamw["verdict"] == sophia["verdict"] == "diverged"
+    assert "minus reference" not in adamw
+    assert sophia["val loss"] == "1 of 1 diverged"
+    assert lion["val loss"].startswith("2.2000 ± ")
+
+    # As the reference, it is compared with nothing.
+    assert rows(report(tmp_path), "Final losses")[1]["verdict"] == "reference diverged"
+
+
+def test_a_run_that_stopped_after_bad_steps_has_diverged(tmp_path: Path) -> None:
+    write_run(tmp_path, "adamw", [2.0])
+    for name, steps in (("lion", range(5, 7)), ("sophia-g", range(3, 4))):
+        folder = write_run(tmp_path, name, [2.2], done=6 if name == "lion" else 12)
+        path = folder / "metrics.jsonl"
+        lines = []
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if record["step"] in steps and "loss" in record:
+                record |= {"loss": None, "skipped": 1}
+            lines.append(json.dumps(record) + "\n")
+        path.write_text("".join(lines))
+
+    text = report(tmp_path)
+    assert "note: tiny/lion has diverged, step 6, 2 steps skipped" in text
+    assert "note: tiny/sophia-g has diverged, step 12, 1 steps skipped" in text
+    assert [row["verdict"] for row in rows(text, "Final losses")] == ["–", "diverged", "diverged"]
+
+
+def test_a_diverged_setting_is_never_the_reference(tmp_path: Path) -> None:
+    for lr, loss in ((1e-3, math.nan), (2e-3, 2.0), (3e-3, 1.9)):
+        write_run(tmp_path, "adamw", [loss], optimizer__lr=lr)
+    write_run(tmp_path, "lion", [1.8])
+    found = {row["run"]: row for row in rows(report(tmp_path), "Final losses")}
+    assert found["tiny/lion"]["minus reference"] == "-0.1000"
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+def test_holm_is_the_published_procedure() -> None:
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
+    assert holm([None]) == [None]
+
+
+def test_equivalence_needs_both_one_sided_tests() -> None:
+    close = [0.001, -0.002, 0.003, -0.001, 0.0]
+    assert paired_test(close).p_equal < 0.001
+    assert paired_test([value + 0.02 for value in close]).p_equal > 0.4
+    assert paired_test([value - 0.02 for value in close]).p_equal > 0.4
+    assert paired_test([-1.0, -1.001, -0.999]).p_not_worse < 0.001
+    wide = paired_test([0.2, -0.2, 0.1, -0.1])
+    assert wide.p_equal > 0.3
+    assert wide.p > 0.3  # neither different nor equal
+
+    # With scipy's own test, on shifted differences.
+    from scipy import stats
+
+    expected = max(
+        stats.ttest_1samp(close, -0.002, alternative="greater").pvalue,
+        stats.ttest_1samp(close, 0.002, alternative="less").pvalue,
+    )
+    assert paired_test(close, margin=0.002).p_equal == pytest.approx(expected)
+    assert paired_test(close).p == pytest.approx(stats.ttest_1samp(close, 0.0).pvalue)
+
+
+def test_detectable_difference_is_found_with_80_percent_power() -> None:
+    """Simulated: 20,000 experiments of six pairs."""
+    from scipy import stats
+
+    true = detectable_difference(deviation=0.02, n=6)
+    draws = np.random.default_rng(0).normal(true, 0.02, (20_000, 6))
+    found = stats.ttest_1samp(draws, 0.0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(POWER, abs=0.01)
+
+
+def test_differences_that_do_not_vary_need_no_special_case() -> None:
+    assert paired_test([0.0, 0.0, 0.0]).p == 1.0
+    assert paired_test([0.1, 0.1]).p < 0.001
+
+
+def test_as_good_as_2t_is_a_one_sided_test(tmp_path: Path) -> None:
+    for seed in range(1, 5):
+        noise = seed / 1000
+        write_run(tmp_path, "adamw", [2.5 + noise], train__seed=seed)
+        write_run(tmp_path, "adamw", [2.2 - noise], train__seed=seed, train__max_steps=24)
+        write_run(tmp_path, "sophia-g", [2.201 + noise], train__seed=seed)
+        write_run(tmp_path, "sophia-h", [2.3], train__seed=seed)
+        write_run(tmp_path, "lion", [2.2 + 0.1 * (-1) ** seed], train__seed=seed)
+    found = {row["run"]: row for row in rows(report(tmp_path), "own decayed schedule")}
+    verdicts = {name.split("/")[1]: row["as good as 2T"] for name, row in found.items()}
+    assert verdicts == {"sophia-g": "yes", "sophia-h": "no", "lion": "not shown"}
+    assert found["tiny/sophia-h"]["minus 2T"] == "+0.1025"
+    assert found["tiny/sophia-h"]["p"] == "1.000"
+    assert found["tiny/sophia-g"]["p"] == "0.002" or found["tiny/sophia-g"]["p"] == "< 0.001"
+
+
+def test_data_efficiency_has_an_interval_and_doubts(tmp_path: Path) -> None:
+    for seed, noise in ((1, -0.002), (2, 0.0), (3, 0.002)):
+        for steps in (12, 24, 48):
+            loss = 1.5 + 0.8 * (steps / 12) ** -0.4 + noise
+            write_run(tmp_path, "adamw", [loss], train__max_steps=steps, train__seed=seed)
+        loss = 1.5 + 0.8 * 3**-0.4 - noise
+        write_run(tmp_path, "lion", [loss], train__max_steps=24, train__seed=seed)
+    text = report(tmp_path)
+    (row,) = rows(text, "over horizons")
+    low, high = map(float, row["95 % interval"].split(" to "))
+    assert low < 1.5 < high
+    assert low > 1.3
+    assert high < 1.8
+    assert "three horizons leave no degree of freedom" in text
+
+
+# ---- Costs, targets, files -----------------------------------------------------------------------
 
 
 def test_cost_table_includes_hessian_estimates(tmp_path: Path) -> None:
@@ -196,7 +363,7 @@ def test_only_whole_schedules_reach_a_target(tmp_path: Path) -> None:
     assert steps == {"adamw": "24", "sophia-g": "12", "lion": "not reached"}
 
     doubled = {row["run"]: row["as good as 2T"] for row in rows(text, "own decayed schedule")}
-    assert doubled == {"tiny/sophia-g": "no", "tiny/lion": "no"}
+    assert doubled == {"tiny/sophia-g": "not tested", "tiny/lion": "not tested"}  # one seed
 
     with pytest.raises(UserError, match="--reference=x: no such finished run"):
         report(tmp_path, reference="x")
@@ -220,7 +387,7 @@ def test_data_efficiency_matches_a_known_power_law(tmp_path: Path) -> None:
     assert found["sophia-g"]["within the fit"] == "yes"
     assert float(found["lion"]["D_eff / D"]) == pytest.approx(3, abs=0.1)
     assert found["lion"]["within the fit"] == "no, extrapolated"
-    assert found["sophia-h"]["D_eff / D"] == "beyond the fit's floor"
+    assert found["sophia-h"]["D_eff / D"] == "below the fit's floor"
 
 
 def test_compare_writes_markdown_csv_json_figures_and_a_standalone_page(
@@ -249,7 +416,7 @@ def test_compare_writes_markdown_csv_json_figures_and_a_standalone_page(
     assert sophia["val_loss"] is None
 
     header = (out / "compare.csv").read_text().splitlines()[0]
-    assert header.startswith("name,finished,step,val_loss,seed")
+    assert header.startswith("name,finished,diverged,step,val_loss,seed")
 
 
 def test_wandb_runs_give_the_same_report_as_folders(tmp_path: Path, monkeypatch) -> None:
@@ -265,6 +432,7 @@ def test_wandb_runs_give_the_same_report_as_folders(tmp_path: Path, monkeypatch)
 
         def __init__(self, run: analysis.StoredRun) -> None:
             self.config = run.config | {"environment": run.environment}
+            self.id = run.name
             self.rows = []
             for row in [*run.records, *run.validations]:
                 copy = {key: "NaN" if value != value else value for key, value in row.items()}

@@ -88,7 +88,7 @@ def test_branch_equals_a_run_with_its_own_horizon(
     assert environment["branched_from"] == "long@6"
     assert json.loads((folder / "whole/environment.json").read_text())["branched_from"] is None
     runs = find_runs([folder / "branch", folder / "whole"])
-    assert "note: tiny/branch is a branch of long@6" in make_report(runs, None, None)
+    assert "note: tiny/branch is a branch of long@6" in make_report(runs).as_markdown()
 
 
 def test_branches_are_compared_as_horizons_of_their_run(
@@ -99,7 +99,7 @@ def test_branches_are_compared_as_horizons_of_their_run(
         run_train(experiment, f"--run={run}", *common, "--train.max_steps=24")
         branch = [f"--name={run},max_steps=12", "--train.max_steps=12", f"--branch-from={run}@6"]
         run_train(experiment, f"--run={run}", *common, *branch)
-    report = make_report(find_runs([tmp_path / "out"]), None, None)
+    report = make_report(find_runs([tmp_path / "out"])).as_markdown()
     assert "The paper's test: T steps against T and 2T" in report
     assert "| tiny/lion,max_steps=12" in report.split("The paper's test")[1]
 

@@ -87,8 +87,8 @@ def test_online_run_is_compared_as_its_folder_is(
     assert served(server, folder).state == "finished"
     assert served(server, folder).summary["final/step"] == 12
 
-    report = make_report(wandb_runs(GROUP), None, None)
-    local = make_report(find_runs([folder]), None, None)
+    report = make_report(wandb_runs(GROUP)).as_markdown()
+    local = make_report(find_runs([folder])).as_markdown()
     if log_interval == 1:
         assert report == local
     for column in ("T(Hessian) ms", "overhead"):
