@@ -63,6 +63,7 @@ def test_torture(ranks: str) -> None:
     assert done.stdout.count("steps lost or doubled: 0") == 4
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank(
     experiment: Path, run_train: Runner, tmp_path: Path
 ) -> None:
@@ -446,6 +447,7 @@ def test_damaged_log_line_is_skipped(
     assert "metrics.jsonl, line 6: damaged, skipped" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_preparing_again_repairs_damaged_token_files(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [f"number {i} " * 20 for i in range(50)])
     data = tmp_path / "data"

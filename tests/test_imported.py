@@ -115,6 +115,7 @@ def test_arguments_reach_the_constructor(
     assert others["weight_decay"] == 0.0
 
 
+@pytest.mark.slow
 def test_sharded_imported_optimizer_has_the_same_losses(imported: Path, tmp_path: Path) -> None:
     keys = ["--run=nadam", "--train.micro_batch_size=4"]
     for sharded in ("false", "true"):

@@ -272,6 +272,7 @@ class RejectEveryKey(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_training_continues_if_wandb_rejects_the_key(experiment: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out/tiny/sophia-g"
     key = "0123456789" * 4

@@ -64,17 +64,21 @@ def refused(first: list[object], second: list[object]) -> str:
     return errors
 
 
-def test_nodes_that_differ_are_refused(experiment: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_nodes_with_other_settings_are_refused(experiment: Path, tmp_path: Path) -> None:
     same: list[object] = [experiment, "--run=lion", "--train.micro_batch_size=4"]
-
-    # Another learning rate.
     line = refused(same, [*same, "--optimizer.lr=0.5"])
     host = socket.gethostname()
     difference = f"rank 1 on {host} has optimizer.lr = 0.5, rank 0 on {host} has 0.001; {SHARED}"
     opposite = f"rank 1 on {host} has optimizer.lr = 0.001, rank 0 on {host} has 0.5; {SHARED}"
     assert difference in line or opposite in line  # either node can become rank 0
+    assert not (tmp_path / "out").exists()
 
-    # Other data of the same length.
+
+@pytest.mark.slow
+def test_nodes_with_other_data_are_refused(
+    experiment: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    same: list[object] = [experiment, "--run=lion", "--train.micro_batch_size=4"]
     other = tmp_path / "data"
     shutil.copytree(tiny_data, other)
     content = bytearray((other / "train.bin").read_bytes())

@@ -198,6 +198,7 @@ def test_hanging_server_does_not_keep_a_run_from_ending(
     assert served(server, folder).state == "finished"
 
 
+@pytest.mark.slow
 def test_signal_ends_the_wait_for_wandb(
     experiment: Path, server: WandbServer, tmp_path: Path
 ) -> None:
