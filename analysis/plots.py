@@ -54,8 +54,8 @@ class Curve:
 def curves(runs: list[StoredRun]) -> list[Curve]:
     """Return one curve for each run of the experiment file and each horizon.
 
-    Among several settings, as in a sweep, the best finished one is drawn. Losses before training
-    are left out, and so is what comes after a loss that is not finite.
+    Among several settings, as in a sweep, the best finished one is drawn, and of its seeds those
+    that have finished. Losses before training and those that are not finite are left out.
     """
     chosen = best_settings(runs)
     horizons = sorted({horizon for _, horizon in chosen}, reverse=True)
@@ -75,13 +75,16 @@ def curves(runs: list[StoredRun]) -> list[Curve]:
         state = "" if all(run.is_finished for run in seeds) else ", unfinished"
         if any(run.is_diverged for run in seeds):
             state = ", diverged"
+        final = f"{statistics.fmean(losses[-1]):.3f}"
+        if len(horizons) > 1:
+            final += f" at {horizon:,} steps"
         found.append(
             Curve(
                 table,
                 horizon,
                 colors[table],
                 LINE_STYLES[horizons.index(horizon) % len(LINE_STYLES)],
-                f"{table}  {statistics.fmean(losses[-1]):.3f}{state}",
+                f"{table}  {final}{state}",
                 x,
                 [statistics.fmean(values) for values in losses],
                 [min(values) for values in losses],
@@ -99,20 +102,21 @@ def best_settings(runs: list[StoredRun]) -> dict[tuple[str, int], list[StoredRun
 
     chosen: dict[tuple[str, int], list[StoredRun]] = {}
     for seeds in by_settings.values():
-        candidate = list(seeds.values())
+        ended = [run for run in seeds.values() if run.is_finished or run.is_diverged]
+        candidate = ended or list(seeds.values())
         key = (candidate[0].table, candidate[0].horizon)
         if key not in chosen or rank(candidate) < rank(chosen[key]):
             chosen[key] = candidate
     return chosen
 
 
-def rank(runs: list[StoredRun]) -> tuple[bool, float]:
-    """Return what sorts settings: finished ones first, then by loss."""
-    return (not all(run.is_finished for run in runs), Group(runs).loss)
+def rank(runs: list[StoredRun]) -> tuple[bool, tuple[bool, int, float]]:
+    """Return what sorts settings: finished ones first, then as in the tables."""
+    return (not all(run.is_finished for run in runs), Group(runs).rank)
 
 
 def common_validations(runs: list[StoredRun]) -> tuple[list[int], list[list[float]]]:
-    """Return the steps after 0 at which all runs were validated, and their losses there."""
+    """Return the steps after 0 at which all runs had a finite loss, and the losses there."""
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for point in run.validations:
@@ -121,9 +125,8 @@ def common_validations(runs: list[StoredRun]) -> tuple[list[int], list[list[floa
     steps, losses = [], []
     for step in sorted(by_step):
         values = by_step[step]
-        if step > 0 and len(values) == len(runs):
-            if not all(math.isfinite(value) for value in values):
-                break
+        is_common = len(values) == len(runs) and all(math.isfinite(value) for value in values)
+        if step > 0 and is_common:
             steps.append(step)
             losses.append(values)
     return steps, losses
@@ -177,7 +180,7 @@ def draw_curves(runs: list[StoredRun], paths: list[Path]) -> None:
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("validation loss, nats per token")
-    figure.suptitle(heading(runs), fontsize="medium")
+    figure.suptitle(heading(runs).replace("$", r"\$"), fontsize="medium")
 
     # Colours stand for runs of the file, with their losses at the longest horizon; dashes for
     # horizons.
@@ -216,7 +219,7 @@ def heading(runs: list[StoredRun]) -> str:
     seeds = len({run.seed for run in runs})
     parts = [experiments, *(shapes if len(shapes) == 1 else [])]
     if seeds > 1:
-        parts.append(f"mean, lowest and highest of {seeds} seeds")
+        parts.append("mean, lowest and highest over seeds")
     return ": ".join(parts[:2]) + "".join(f"; {part}" for part in parts[2:])
 
 

@@ -7,9 +7,10 @@ import html
 import io
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -40,7 +41,13 @@ from runtime.cli import UserError
 from runtime.files import write_text
 
 Row = dict[str, str]  # column → text
-Key = tuple[int, int]  # tokens of the schedule, sequences per batch
+
+
+class Key(NamedTuple):
+    """What a group must have in common with its reference."""
+
+    task: str  # model, data and batch
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,12 @@ def make_report(
             explain_losses(comparisons, margin),
         ),
         Section("Cost", [cost_row(group) for group in groups]),
-        Section("To the target", target_rows(groups, base, target)),
+        Section("To the target", target_rows(groups, base, target), "Means, without a test."),
         Section(
             "The paper's test: T steps against T and 2T, each with its own decayed schedule",
             doubled_rows(groups, base, margin),
-            f"As good: a one-sided paired t-test for a loss at most {margin:g} nats above it.",
+            f"As good: a one-sided paired t-test for a loss at most {margin:g} nats above the "
+            f"reference's at 2T, corrected for the tests of this table (Holm).",
         ),
         Section(
             "Data efficiency by the reference's power law over horizons",
@@ -113,7 +121,7 @@ def make_report(
     for section in sections:
         if section.rows:
             filled.append(Section(section.title, without_empty(section.rows), section.explanation))
-    return Report(verdicts(comparisons), notes(runs), filled)
+    return Report(verdicts(comparisons), notes(runs) + notes_on_choice(groups, base), filled)
 
 
 def notes(runs: list[StoredRun]) -> list[str]:
@@ -139,6 +147,17 @@ def notes(runs: list[StoredRun]) -> list[str]:
     return lines
 
 
+def notes_on_choice(groups: list[Group], base: dict[Key, Group]) -> list[str]:
+    """Return what a reader must know about the settings that are compared."""
+    if not base:
+        return ["note: without AdamW there is nothing to compare with; name a run by --reference"]
+    counts = Counter(group.table for group in groups if group.tokens == groups[0].tokens)
+    if len(set(counts.values())) > 1:
+        numbers = ", ".join(f"{table} {count}" for table, count in counts.items())
+        return [f"warning: more settings were tried for some than for others: {numbers}"]
+    return []
+
+
 def references(groups: list[Group], name: str | None) -> dict[Key, Group]:
     """Return {tokens and batch: the group to compare with}, all of one run of the experiment file.
 
@@ -155,14 +174,13 @@ def references(groups: list[Group], name: str | None) -> dict[Key, Group]:
     for group in groups:
         if chosen and group.table == chosen[0].table:
             other = best.get(key_of(group))
-            if other is None or group.loss < other.loss:
+            if other is None or group.rank < other.rank:
                 best[key_of(group)] = group
     return best
 
 
 def key_of(group: Group) -> Key:
-    """Return what a group must have in common with its reference."""
-    return group.tokens, group.batch_size
+    return Key(group.task, group.tokens)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -211,6 +229,8 @@ def compare_groups(groups: list[Group], base: dict[Key, Group], margin: float) -
             found = describe(difference, p, margin)
         elif reference is not None:
             found = "no common seed"
+        elif key_of(group) not in base:
+            found = "no reference"
         comparisons.append(Comparison(group, reference, difference, p, found))
     return comparisons
 
@@ -221,17 +241,21 @@ def verdicts(comparisons: list[Comparison]) -> list[str]:
     Of several settings, as in a sweep, it is about the best.
     """
     compared = [one for one in comparisons if one.reference is not None]
-    longest = max((one.group.tokens for one in compared), default=0)
-    best: dict[str, Comparison] = {}
-    for one in sorted(compared, key=lambda one: one.group.loss, reverse=True):
+    longest: dict[str, int] = {}
+    for one in compared:
+        longest[one.group.task] = max(longest.get(one.group.task, 0), one.group.tokens)
+
+    best: dict[tuple[str, str], Comparison] = {}
+    for one in sorted(compared, key=lambda one: one.group.rank, reverse=True):
         is_other = one.reference is not None and one.group.table != one.reference.table
-        if one.group.tokens == longest and is_other:
-            best[one.group.table] = one
+        if is_other and one.group.tokens == longest[one.group.task]:
+            best[one.group.task, one.group.table] = one
 
     sentences = []
     for one in best.values():
         assert one.reference is not None
-        against = f"{one.group.name} against {one.reference.name}, {format_tokens(longest)} tokens"
+        tokens = format_tokens(one.group.tokens)
+        against = f"{one.group.name} against {one.reference.name}, {tokens} tokens"
         if one.difference is None or one.difference.test is None:
             sentences.append(f"verdict: {against}: not tested, {one.verdict}")
             continue
@@ -307,7 +331,9 @@ def explain_losses(comparisons: list[Comparison], margin: float) -> str:
         f"Differences are paired over common seeds. p: two-sided t-test, corrected for the "
         f"{tested} comparisons of this table (Holm). Equal: two one-sided tests with a margin of "
         f"{margin:g} nats. Detectable: the true difference that an uncorrected test of this many "
-        f"pairs finds with 80 % power."
+        f"pairs finds with 80 % power. Intervals and tests for equality are not corrected, and a "
+        f"setting that was chosen as the best of several looks better than it is: run it again "
+        f"with new seeds."
     )
 
 
@@ -347,69 +373,70 @@ def format_tokens(tokens: int) -> str:
 def target_rows(groups: list[Group], base: dict[Key, Group], target: float | None) -> list[Row]:
     """Return, for each run of the file, its shortest schedule that ends at the target or below.
 
-    Losses are compared as they are printed, with four digits.
+    Losses are compared as they are printed, with four digits, and diverged runs do not count.
     """
-    if target is None:
-        # The reference's loss at the longest horizon that another run has too.
-        shared = []
-        for group in groups:
-            if key_of(group) in base and group.table != base[key_of(group)].table:
-                shared.append(key_of(group))
-        if not shared:
-            return []
-        target = base[max(shared)].loss
-    if not math.isfinite(target):
-        return []
-
     rows = []
-    for table in dict.fromkeys(group.table for group in groups):
-        row = {"run": table, "target": f"{target:.4f}"}
-        own = [group for group in groups if group.table == table]
-        reached = [group for group in own if round(group.loss, 4) <= round(target, 4)]
-        if not reached:
-            rows.append(row | {"steps": "not reached"})
+    tasks = list(dict.fromkeys(group.task for group in groups))
+    for task in tasks:
+        own = [group for group in groups if group.task == task and not group.diverged]
+        goal = common_target(own, base) if target is None else target
+        if goal is None:
             continue
-        shortest = min(reached, key=lambda group: group.tokens)
-        config = shortest.runs[0].config
-        row |= {
-            "steps": f"{shortest.horizon:,}",
-            "tokens": format_tokens(shortest.tokens),
-            "FLOPs": f"{step_flops(config) * shortest.horizon:.3g}",
-            "seconds": f"{mean_seconds(shortest):,.0f}",
-        }
-        rows.append(row)
+        for table in dict.fromkeys(group.table for group in own):
+            settings = [group for group in own if group.table == table]
+            name = table if len(tasks) == 1 else settings[0].name.split(",")[0]
+            row = {"run": name, "target": f"{goal:.4f}"}
+            reached = [group for group in settings if round(group.loss, 4) <= round(goal, 4)]
+            if not reached:
+                rows.append(row | {"steps": "not reached"})
+                continue
+            shortest = min(reached, key=lambda group: group.tokens)
+            flops = step_flops(shortest.runs[0].config) * shortest.horizon
+            row |= {"steps": f"{shortest.horizon:,}", "tokens": format_tokens(shortest.tokens)}
+            row |= {"FLOPs": f"{flops:.3g}", "seconds": f"{mean_seconds(shortest):,.0f}"}
+            rows.append(row)
     return rows
+
+
+def common_target(groups: list[Group], base: dict[Key, Group]) -> float | None:
+    """Return the reference's loss at the longest horizon that another run has too."""
+    shared = []
+    for group in groups:
+        reference = base.get(key_of(group))
+        if reference and not reference.diverged and group.table != reference.table:
+            shared.append(reference)
+    return max(shared, key=lambda group: group.tokens).loss if shared else None
 
 
 def doubled_rows(groups: list[Group], base: dict[Key, Group], margin: float) -> list[Row]:
     """Return each run at T beside the reference at T and at 2T."""
-    rows = []
+    compared = []
     for group in groups:
-        tokens, batch_size = key_of(group)
-        once, twice = base.get((tokens, batch_size)), base.get((2 * tokens, batch_size))
-        if once is None or twice is None or once is group:
-            continue
+        once, twice = base.get(key_of(group)), base.get(Key(group.task, 2 * group.tokens))
+        if once is not None and twice is not None and once is not group:
+            compared.append((group, once, twice, compare_losses(group, twice, margin)))
+    tests = [difference.test if difference else None for *_, difference in compared]
+    p_values = holm([test.p_not_worse if test else None for test in tests])
+
+    rows = []
+    for (group, once, twice, difference), test, p in zip(compared, tests, p_values, strict=True):
         row = {
             "run": group.name,
             "T": f"{group.horizon:,}",
             "loss at T": format_loss(group),
             "reference at T": format_loss(once),
             "reference at 2T": format_loss(twice),
-            "minus 2T": "–",
-            "95 % interval": "–",
-            "pairs": "–",
-            "p": "–",
+            "minus 2T": f"{difference.mean:+.4f}" if difference else "–",
+            "95 % interval": format_interval(test) if test else "–",
+            "pairs": str(difference.pairs) if difference else "–",
+            "p": format_p(p),
             "as good as 2T": "not tested",
         }
-        difference = compare_losses(group, twice, margin)
-        if difference:
-            row["minus 2T"], row["pairs"] = f"{difference.mean:+.4f}", str(difference.pairs)
-        test = difference.test if difference else None
-        if test:
-            row["95 % interval"] = format_interval(test)
-            row["p"] = format_p(test.p_not_worse)
+        if once.loss - twice.loss <= margin:
+            row["as good as 2T"] = "margin too wide"  # the reference itself gains less by 2T
+        elif test and p is not None:
             row["as good as 2T"] = "not shown"
-            if test.p_not_worse < 1 - CONFIDENCE:
+            if p < 1 - CONFIDENCE:
                 row["as good as 2T"] = "yes"
             elif test.low > 0:
                 row["as good as 2T"] = "no"
@@ -420,20 +447,23 @@ def doubled_rows(groups: list[Group], base: dict[Key, Group], margin: float) -> 
 def efficiency_rows(groups: list[Group], base: dict[Key, Group]) -> list[Row]:
     """Return how many tokens the reference would need for a run's loss, over the run's own."""
     rows = []
-    for batch_size in dict.fromkeys(group.batch_size for group in groups):
-        horizons = fitted(base, batch_size)
+    for task in dict.fromkeys(group.task for group in groups):
+        horizons = fitted(base, task)
         law = fit_power_law([(horizon.tokens, horizon.loss) for horizon in horizons])
         for group in groups:
-            is_other = group.batch_size == batch_size and group not in horizons
+            is_other = group.task == task and group not in horizons
             if law is None or group.diverged or not is_other:
                 continue
-            value, low, high = data_efficiency(group, horizons)
-            needed = None if value is None else value * group.tokens
-            is_inside = needed is not None and law.covers(needed)
+            found = data_efficiency(group, horizons)
+            if found is None:
+                continue
+            value, low, high = found
+            is_inside = math.isfinite(value) and law.covers(value * group.tokens)
+            finite = f"{value:.2f}" if math.isfinite(value) else "below the fit's floor"
             rows.append(
                 {
                     "run": group.name,
-                    "D_eff / D": "below the fit's floor" if value is None else f"{value:.2f}",
+                    "D_eff / D": finite,
                     "95 % interval": "–" if math.isnan(low) else f"{low:.2f} to {high:.2f}",
                     "within the fit": "yes" if is_inside else "no, extrapolated",
                 }
@@ -441,24 +471,22 @@ def efficiency_rows(groups: list[Group], base: dict[Key, Group]) -> list[Row]:
     return rows
 
 
-def fitted(base: dict[Key, Group], batch_size: int) -> list[Group]:
-    """Return the reference's horizons, of one batch size, that have not diverged."""
-    return [
-        group for group in base.values() if group.batch_size == batch_size and not group.diverged
-    ]
+def fitted(base: dict[Key, Group], task: str) -> list[Group]:
+    """Return the reference's horizons in a task that have not diverged."""
+    return [group for group in base.values() if group.task == task and not group.diverged]
 
 
 def explain_fit(base: dict[Key, Group]) -> str:
     """Return the sentences below the table of data efficiency."""
-    lines = ["Intervals: bootstrap over common seeds."]
-    for batch_size in dict.fromkeys(group.batch_size for group in base.values()):
-        horizons = fitted(base, batch_size)
+    lines = ["Intervals, from five common seeds on: bootstrap."]
+    for task in dict.fromkeys(group.task for group in base.values()):
+        horizons = fitted(base, task)
         law = fit_power_law([(horizon.tokens, horizon.loss) for horizon in horizons])
         if law is not None:
-            unit = format_tokens(int(law.points[0][0]))
+            unit, name = format_tokens(int(law.points[0][0])), horizons[0].name.split(",")[0]
             lines.append(
-                f"Fit for batches of {batch_size}: {law.a:.3g} (D/{unit})^−{law.b:.3g} + "
-                f"{law.c:.3g}, largest residual {law.largest_residual():.4f}."
+                f"Fit of {name}: {law.a:.3g} (D/{unit})^−{law.b:.3g} + {law.c:.3g}, largest "
+                f"residual {law.largest_residual():.4f}."
             )
             lines += [f"Warning: {doubt}." for doubt in law.doubts()]
     return " ".join(lines)

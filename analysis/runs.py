@@ -29,6 +29,9 @@ DECISIVE = KEYS.keys() - FREE_KEYS - {"train.eval_interval"} | {"data.path"}
 # Those of them that may differ between compared runs: what is compared, and what is repeated over.
 COMPARED = {key for key in KEYS if key.startswith("optimizer.")}
 COMPARED |= {"train.seed", "train.max_steps"}
+# What must be equal for losses to be compared at all.
+TASK = [f"model.{key}" for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")]
+TASK += ["model.causal", "data.path", "train.batch_size"]
 # What must be the same besides the config, of environment.json.
 ENVIRONMENT = ("commit", "uncommitted_changes", "torch", "device", "world_size")
 
@@ -87,7 +90,7 @@ class StoredRun:
         if self.config["train"]["dtype"] != "float16" and self.skipped:
             return True
         is_stopped = bool(self.records) and bool(self.records[-1].get("skipped"))
-        return is_stopped or not math.isfinite(self.final_loss)
+        return (is_stopped and not self.is_finished) or not math.isfinite(self.final_loss)
 
     @property
     def final_loss(self) -> float:
@@ -97,7 +100,19 @@ class StoredRun:
     def settings(self) -> str:
         """Everything that decides the result except the seed, as text; equal for other seeds."""
         keys = sorted(DECISIVE - {"train.seed"})
-        return json.dumps([self.table, *(value_of(self.config, key) for key in keys)])
+        values = [value_of(self.config, key) for key in keys]
+        return json.dumps([self.table, *values, *self.fingerprints])
+
+    @cached_property
+    def task(self) -> str:
+        """What must be equal so that a difference of losses means something, as text."""
+        return json.dumps([value_of(self.config, key) for key in TASK] + self.fingerprints)
+
+    @property
+    def fingerprints(self) -> list[str | None]:
+        """Those of train.bin and val.bin, as far as they were stored."""
+        splits = (self.environment.get("data") or {}).get("splits") or {}
+        return [(splits.get(split) or {}).get("fingerprint") for split in ("train", "val")]
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,11 @@ class Group:
         return statistics.fmean(self.losses.values())
 
     @property
+    def rank(self) -> tuple[bool, int, float]:
+        """What sorts settings, the best first: without diverged runs, with many seeds, low loss."""
+        return self.diverged > 0, -len(self.runs), self.loss
+
+    @property
     def deviation(self) -> float | None:
         """The sample standard deviation over seeds; None for a single or a diverged one."""
         if self.diverged or len(self.runs) < 2:
@@ -156,8 +176,8 @@ class Group:
         return self.horizon * tokens_per_step(self.runs[0].config)
 
     @property
-    def batch_size(self) -> int:
-        return self.runs[0].config["train"]["batch_size"]
+    def task(self) -> str:
+        return self.runs[0].task
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -307,12 +327,8 @@ def confounders(runs: list[StoredRun]) -> list[str]:
         lines.append((key, [value_of(run.config, key) for run in runs]))
     for key in ENVIRONMENT:
         lines.append((key, [run.environment.get(key) for run in runs]))
-    for split in ("train", "val"):
-        digests = []
-        for run in runs:
-            splits = run.environment.get("data", {}).get("splits", {})
-            digests.append(splits.get(split, {}).get("fingerprint"))
-        lines.append((f"{split}.bin", digests))
+    for index, split in enumerate(("train", "val")):
+        lines.append((f"{split}.bin", [run.fingerprints[index] for run in runs]))
 
     differences = []
     for key, values in lines:

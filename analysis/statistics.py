@@ -7,6 +7,7 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from analysis.runs import Group, StoredRun
 
@@ -14,6 +15,7 @@ CONFIDENCE = 0.95
 MARGIN = 0.02  # nats per token: differences below it are called equal
 POWER = 0.8
 BOOTSTRAP = 200  # draws of seeds
+BOOTSTRAP_SEEDS = 5  # at least
 EXPONENTS = (0.01, 5.0)  # of a power law, bounds of the fit
 
 
@@ -35,7 +37,7 @@ class Difference:
 
     mean: float
     pairs: int
-    test: PairedTest | None  # None for a single pair
+    test: PairedTest | None  # None for a single pair, or if all pairs differ by the same
 
 
 def compare_losses(a: Group, b: Group, margin: float = MARGIN) -> Difference | None:
@@ -47,17 +49,17 @@ def compare_losses(a: Group, b: Group, margin: float = MARGIN) -> Difference | N
     if not seeds or a.diverged or b.diverged:
         return None
     differences = [a.losses[seed] - b.losses[seed] for seed in seeds]
-    test = paired_test(differences, margin) if len(seeds) > 1 else None
+    test = paired_test(differences, margin) if len(set(differences)) > 1 else None
     return Difference(statistics.fmean(differences), len(seeds), test)
 
 
 def paired_test(differences: list[float], margin: float = MARGIN) -> PairedTest:
-    """Test paired differences, one per seed and two or more."""
+    """Test paired differences, one per seed, of which two are different."""
     from scipy import stats
 
     n, mean = len(differences), statistics.fmean(differences)
     deviation = statistics.stdev(differences)
-    error = max(deviation / math.sqrt(n), 1e-12)  # equal differences have no error to divide by
+    error = deviation / math.sqrt(n)
     t = stats.t(n - 1)
     half = float(t.ppf(0.5 + CONFIDENCE / 2)) * error
     p_not_worse = float(t.cdf((mean - margin) / error))
@@ -75,7 +77,7 @@ def paired_test(differences: list[float], margin: float = MARGIN) -> PairedTest:
 def describe(difference: Difference, p: float | None, margin: float) -> str:
     """Return what a difference shows in a word or two, given its p after Holm's correction."""
     if difference.test is None or p is None:
-        return "one seed"
+        return "one seed" if difference.pairs == 1 else "the same for all seeds"
     is_small = difference.test.p_equal < 1 - CONFIDENCE
     if p < 1 - CONFIDENCE:
         side = "lower" if difference.mean < 0 else "higher"
@@ -165,6 +167,8 @@ class PowerLaw:
     def doubts(self) -> list[str]:
         """Return what speaks against the fit, as text."""
         doubts = []
+        if any(later >= earlier for (_, earlier), (_, later) in pairwise(self.points)):
+            doubts.append("the losses do not fall with the horizon")
         if len(self.points) <= 3:
             doubts.append("three horizons leave no degree of freedom")
         if self.c < 1e-6:
@@ -203,34 +207,39 @@ def fit_power_law(points: Sequence[tuple[float, float]]) -> PowerLaw | None:
     return PowerLaw(float(a), float(b), float(c), tuple(points))
 
 
-def data_efficiency(group: Group, reference: list[Group]) -> tuple[float | None, float, float]:
+def data_efficiency(group: Group, reference: list[Group]) -> tuple[float, float, float] | None:
     """Return the tokens that the reference needs for a group's loss, over the group's own.
 
-    Also returns the bounds of a 95 % interval: a bootstrap over the seeds that all have, which
-    draws the reference's losses at all horizons and the group's together. The first is None, and a
-    bound infinite, where the loss is below the fitted law's floor. Without two common seeds the
-    bounds are NaN.
+    Also returns the bounds of a 95 % interval, by a bootstrap over the seeds that all have: it
+    draws the reference's losses at all horizons and the group's together. Returns None without a
+    common seed or a fit. Values are infinite where the loss is below the fitted law's floor, and
+    the bounds NaN with less than five seeds, with which a bootstrap is far too narrow.
     """
     import numpy as np
 
-    def ratio(seeds: list[int]) -> float:
+    def ratio(seeds: list[int]) -> float | None:
         points = []
         for horizon in reference:
-            losses = horizon.losses
-            mean = statistics.fmean([losses[seed] for seed in seeds] or losses.values())
+            mean = statistics.fmean(horizon.losses[seed] for seed in seeds)
             points.append((horizon.tokens, mean))
         law = fit_power_law(points)
-        own = statistics.fmean([group.losses[seed] for seed in seeds] or group.losses.values())
-        needed = law.tokens(own) if law else None
+        if law is None:
+            return None
+        needed = law.tokens(statistics.fmean(group.losses[seed] for seed in seeds))
         return math.inf if needed is None else needed / group.tokens
 
-    value = ratio([])
     seeds = sorted(set(group.losses).intersection(*(horizon.losses for horizon in reference)))
-    low = high = math.nan
-    if len(seeds) > 1:
-        draws = np.random.default_rng(0).choice(seeds, (BOOTSTRAP, len(seeds)))
-        ratios = [ratio(draw.tolist()) for draw in draws]
-        low, high = np.quantile(
-            ratios, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2], method="nearest"
-        )
-    return (value if math.isfinite(value) else None), float(low), float(high)
+    value = ratio(seeds) if seeds else None
+    if value is None:
+        return None
+    if len(seeds) < BOOTSTRAP_SEEDS:
+        return value, math.nan, math.nan
+
+    draws = np.random.default_rng(0).choice(seeds, (BOOTSTRAP, len(seeds)))
+    ratios = []
+    for draw in draws:
+        drawn = ratio(draw.tolist())
+        if drawn is not None:
+            ratios.append(drawn)
+    low, high = np.quantile(ratios, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2], method="nearest")
+    return value, float(low), float(high)

@@ -118,7 +118,7 @@ def draw_against(
     for group in group_runs(runs):
         best = points.setdefault(group.table, {})
         x = key(group.runs[0])
-        if x not in best or group.loss < best[x].loss:
+        if x not in best or group.rank < best[x].rank:
             best[x] = group
     columns = sorted({x for groups in points.values() for x in groups})
 
