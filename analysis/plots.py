@@ -40,7 +40,7 @@ AXES = {
 class Curve:
     """Validation losses of a run of the experiment file at one horizon, the mean over seeds."""
 
-    table: str
+    name: str
     horizon: int
     color: str
     style: str
@@ -52,16 +52,21 @@ class Curve:
 
 
 def curves(runs: list[StoredRun]) -> list[Curve]:
-    """Return one curve for each run of the experiment file and each horizon.
+    """Return one curve for each run of the experiment file, model and horizon.
 
     Among several settings, as in a sweep, the best finished one is drawn, and of its seeds those
     that have finished. Losses before training and those that are not finite are left out.
     """
     chosen = best_settings(runs)
-    horizons = sorted({horizon for _, horizon in chosen}, reverse=True)
-    colors = colors_of({table: seeds[0].optimizer for (table, _), seeds in chosen.items()})
+    horizons = sorted({seeds[0].horizon for seeds in chosen}, reverse=True)
+    one_task = len({seeds[0].task for seeds in chosen}) == 1
+    names = [seeds[0].table if one_task else Group(seeds).name for seeds in chosen]
+    optimizers = {name: seeds[0].optimizer for name, seeds in zip(names, chosen, strict=True)}
+    colors = colors_of(optimizers)
+
     found = []
-    for (table, horizon), seeds in chosen.items():
+    for name, seeds in zip(names, chosen, strict=True):
+        horizon = seeds[0].horizon
         steps, losses = common_validations(seeds)
         if not steps:
             continue
@@ -80,11 +85,11 @@ def curves(runs: list[StoredRun]) -> list[Curve]:
             final += f" at {horizon:,} steps"
         found.append(
             Curve(
-                table,
+                name,
                 horizon,
-                colors[table],
+                colors[name],
                 LINE_STYLES[horizons.index(horizon) % len(LINE_STYLES)],
-                f"{table}  {final}{state}",
+                f"{name}  {final}{state}",
                 x,
                 [statistics.fmean(values) for values in losses],
                 [min(values) for values in losses],
@@ -94,20 +99,20 @@ def curves(runs: list[StoredRun]) -> list[Curve]:
     return found
 
 
-def best_settings(runs: list[StoredRun]) -> dict[tuple[str, int], list[StoredRun]]:
-    """Return {table and horizon: its runs with the best settings, one per seed}."""
+def best_settings(runs: list[StoredRun]) -> list[list[StoredRun]]:
+    """Return the runs with the best settings, one per seed, of each table, task and horizon."""
     by_settings: dict[str, dict[int, StoredRun]] = {}
     for run in runs:
         by_settings.setdefault(run.settings, {}).setdefault(run.seed, run)
 
-    chosen: dict[tuple[str, int], list[StoredRun]] = {}
+    chosen: dict[tuple[str, str, int], list[StoredRun]] = {}
     for seeds in by_settings.values():
         ended = [run for run in seeds.values() if run.is_finished or run.is_diverged]
         candidate = ended or list(seeds.values())
-        key = (candidate[0].table, candidate[0].horizon)
+        key = (candidate[0].table, candidate[0].task, candidate[0].horizon)
         if key not in chosen or rank(candidate) < rank(chosen[key]):
             chosen[key] = candidate
-    return chosen
+    return list(chosen.values())
 
 
 def rank(runs: list[StoredRun]) -> tuple[bool, tuple[bool, int, float]]:
@@ -185,11 +190,11 @@ def draw_curves(runs: list[StoredRun], paths: list[Path]) -> None:
     # Colours stand for runs of the file, with their losses at the longest horizon; dashes for
     # horizons.
     entries: list[Line2D] = []
-    tables: set[str] = set()
+    names: set[str] = set()
     horizons: dict[int, str] = {}
     for curve in sorted(drawn, key=lambda curve: -curve.horizon):
-        if curve.table not in tables:
-            tables.add(curve.table)
+        if curve.name not in names:
+            names.add(curve.name)
             label = curve.label.replace("$", r"\$")
             entries.append(Line2D([], [], color=curve.color, label=label))
         horizons.setdefault(curve.horizon, curve.style)

@@ -325,6 +325,7 @@ def test_models_of_different_sizes_are_never_compared(tmp_path: Path) -> None:
     assert text.count("verdict: ") == 2
     targets = [row["target"] for row in rows(text, "To the target")]
     assert targets == ["2.0000", "2.0000", "1.8000", "1.8000"]
+    assert len(plots.curves(analysis.find_runs([tmp_path]))) == 4
 
 
 def test_reference_setting_has_many_seeds_and_none_that_diverged(tmp_path: Path) -> None:
