@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
 from collections import Counter
@@ -120,14 +121,13 @@ class Group:
     """Finished or diverged runs that differ only in their seed."""
 
     runs: list[StoredRun]
-    where: str = ""  # tells groups of the same name apart
+    where: str = ""  # the name, if others have the run's name too
 
     @property
     def name(self) -> str:
         """The run's name without its seed."""
-        parts = self.runs[0].name.split(",")
-        name = ",".join(part for part in parts if not part.startswith("seed="))
-        return f"{name} ({self.where})" if self.where else name
+        parts = (self.where or self.runs[0].name).split(",")
+        return ",".join(part for part in parts if not part.startswith("seed="))
 
     @property
     def losses(self) -> dict[int, float]:
@@ -294,7 +294,7 @@ def group_runs(runs: Iterable[StoredRun]) -> list[Group]:
     """Return finished and diverged runs, grouped by everything but their seed, in their order.
 
     A second run with the same settings and seed is kept apart, in another group. Groups of the same
-    name also have the folder of their first run.
+    name are named by the folder of their first run, below the one that they have in common.
     """
     groups: dict[tuple[str, int], dict[int, StoredRun]] = {}
     for run in runs:
@@ -306,9 +306,11 @@ def group_runs(runs: Iterable[StoredRun]) -> list[Group]:
 
     found = [Group(list(by_seed.values())) for by_seed in groups.values()]
     names = Counter(group.name for group in found)
+    folders = [os.path.abspath(group.runs[0].where) for group in found]
     for index, group in enumerate(found):
         if names[group.name] > 1:
-            found[index] = Group(group.runs, group.runs[0].where)
+            where = os.path.relpath(folders[index], os.path.commonpath(folders))
+            found[index] = Group(group.runs, where)
     return found
 
 
