@@ -281,7 +281,8 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     """Make one update from batch number `step`.
 
     Returns the record of update number `step` + 1, with loss and gradient norm still on the device.
-    Only float16's scaler needs a host sync.
+    Only float16's scaler, SOAP's first step and imported optimizers that cannot skip a step need a
+    host sync.
     """
     config, optimizer, world_size = run.config, run.optimizer, run.ranks.world_size
     lr = learning_rate(config, step)
