@@ -137,7 +137,8 @@ def notes(runs: list[StoredRun]) -> list[str]:
             )
         origin = run.environment.get("branched_from")
         if origin:
-            lines.append(f"note: {run.name} is a branch of {origin}: the steps up to there are its")
+            source, _, step = origin.rpartition("@")
+            lines.append(f"note: {run.name} is a branch: its first {step} steps are {source}'s")
 
     for copies in repeated_runs(runs):
         folders = ", ".join(run.where for run in copies)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,8 +36,11 @@ OPTIONS = ("eps", "rho", "average", "update")
 
 def check_optimizer(config: Config) -> None:
     """Refuse an optimizer that cannot be imported, or arguments that it does not take."""
-    if isinstance(config.optimizer, ImportedConfig):
-        imported.constructor_arguments(config.optimizer)
+    optimizer = config.optimizer
+    if isinstance(optimizer, ImportedConfig):
+        options = imported.constructor_arguments(optimizer)
+        with refusals(optimizer):
+            imported.find_class(optimizer)([nn.Parameter(torch.zeros(2, 2))], **options)
 
 
 def make_optimizer(config: Config, model: nn.Module) -> Any:
@@ -118,6 +123,17 @@ def make_with_adamw(
     return ChainedOptimizer(main, construct(config, AdamW, [others], options))
 
 
+@contextmanager
+def refusals(optimizer: ImportedConfig) -> Iterator[None]:
+    """Turn the errors of a constructor that is not ours into UserErrors."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{optimizer.name} refuses its arguments: {reason(error)}") from error
+
+
 def make_imported(
     config: Config, optimizer: ImportedConfig, groups: list[dict[str, Any]]
 ) -> Optimizer:
@@ -128,12 +144,8 @@ def make_imported(
     """
     optimizer_class = imported.skipping(imported.find_class(optimizer))
     options = imported.constructor_arguments(optimizer)
-    try:
+    with refusals(optimizer):
         made = construct(config, optimizer_class, groups, options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the constructor is not ours
-        raise UserError(f"{optimizer.name} refuses its arguments: {reason(error)}") from error
 
     is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
     if is_first_rank and not imported.can_skip(local_shard(made)):

@@ -10,7 +10,7 @@ import errno
 import shutil
 import time
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,11 @@ def find_branch(config: Config, branch_from: str) -> Found:
         )
 
     state = load(path)
-    check_same_config(config, state["config"], FREE_KEYS | BRANCH_KEYS)
+    for key, before, now in differences(config, state["config"], FREE_KEYS | BRANCH_KEYS):
+        raise UserError(
+            f"--branch-from={branch_from}: {name} has {key} = {before!r}, this run {now!r}; a "
+            f"branch may change its horizon and decay only"
+        )
     for run in (from_stored(state["config"]), config):
         if run.train.schedule != "wsd" or int(step) > run.train.decay_start:
             raise UserError(
@@ -255,10 +259,19 @@ def find_on_all_ranks(
     return found
 
 
-def check_same_config(
-    config: Config, stored: dict[str, Any], free: Collection[str] = FREE_KEYS
-) -> None:
-    """Refuse a config that differs from a stored one in any key but the free ones.
+def check_same_config(config: Config, stored: dict[str, Any]) -> None:
+    """Refuse a config that differs from a stored one in any key but those of FREE_KEYS."""
+    for key, before, now in differences(config, stored, FREE_KEYS):
+        raise UserError(
+            f"{config.run_dir}: was started with {key} = {before!r}, now it is {now!r}; "
+            f"set it back, or choose another --train.out_dir"
+        )
+
+
+def differences(
+    config: Config, stored: dict[str, Any], free: Collection[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, stored value, value now) of the keys in which two configs differ.
 
     "auto" is whatever the run was started with.
     """
@@ -266,10 +279,7 @@ def check_same_config(
     for key in KEYS:
         before, now = value_of(stored, key), value_of(current, key)
         if key not in free and now not in (before, "auto"):
-            raise UserError(
-                f"{config.run_dir}: was started with {key} = {before!r}, now it is {now!r}; "
-                f"set it back, or choose another --train.out_dir"
-            )
+            yield key, before, now
 
 
 def load_model(path: Path) -> tuple[Config, GPT, int]:

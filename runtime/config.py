@@ -505,6 +505,11 @@ def _first_problem(error: ValidationError) -> str:
         location.pop()  # the member of a union such as bool | "auto"
     key = ".".join(location)
 
+    if kind == "extra_forbidden" and key in KEYS and optimizer == "imported":
+        return (
+            f"{key} is not a key of an imported optimizer, which has lr, weight_decay and a table "
+            f"[optimizer.options]; give it a run of its own"
+        )
     if kind == "extra_forbidden" and key in KEYS:
         return f"{key} is not a key of {optimizer}; remove it"
     if kind == "extra_forbidden":

@@ -165,6 +165,7 @@ def test_step_that_is_not_finite_changes_nothing(fused: bool) -> None:
         ),
         ("--optimizer.options={eps=-1.0}", "torch.optim:NAdam refuses its arguments: Invalid eps"),
         ("--optimizer.options={betas=[0.9]}", "torch.optim:NAdam refuses its arguments: tuple"),
+        ("--dry-run --optimizer.options={eps=-1.0}", "NAdam refuses its arguments: Invalid eps"),
         ("--optimizer.options={eps=2024-01-01}", "optimizer.options"),
         ("--optimizer.options={lr=0.5}", "lr is not an option; use optimizer.lr and"),
         ("--optimizer.options={weight_decay=0.5}", "weight_decay is not an option; use"),
@@ -172,7 +173,7 @@ def test_step_that_is_not_finite_changes_nothing(fused: bool) -> None:
             "--run=named --optimizer.options={siez=2}",
             "sophia_like:Named has no argument siez; it has",
         ),
-        ("--optimizer.beta1=0.9", "optimizer.beta1 is not a key of imported; remove it"),
+        ("--optimizer.beta1=0.9", "optimizer.beta1 is not a key of an imported optimizer, which"),
         ("--optimizer.name=torch.optim.NAdam", "should be one of adamw, lion,"),
     ],
 )

@@ -88,7 +88,10 @@ def test_branch_equals_a_run_with_its_own_horizon(
     assert environment["branched_from"] == "long@6"
     assert json.loads((folder / "whole/environment.json").read_text())["branched_from"] is None
     runs = find_runs([folder / "branch", folder / "whole"])
-    assert "note: tiny/branch is a branch of long@6" in make_report(runs).as_markdown()
+    assert (
+        "note: tiny/branch is a branch: its first 6 steps are long's"
+        in make_report(runs).as_markdown()
+    )
 
 
 def test_branches_are_compared_as_horizons_of_their_run(
@@ -118,9 +121,12 @@ def test_branch_from_nothing_is_refused_in_a_dry_run(
         ("--branch-from=long@7", "does not exist; checkpoints of that run: 3, 6, 9,"),
         ("--branch-from=none@6", "does not exist; checkpoints of that run: none"),
         ("--branch-from=long@9", "step 9 is not in the stable phase of branch"),
-        ("--branch-from=long@6 --train.schedule=cosine", "was started with train.schedule = 'wsd'"),
-        ("--branch-from=long@6 --optimizer.lr=0.5", "was started with optimizer.lr = "),
-        ("--branch-from=long@6 --train.seed=5", "was started with train.seed = "),
+        (
+            "--branch-from=long@6 --train.schedule=cosine",
+            "long has train.schedule = 'wsd', this run",
+        ),
+        ("--branch-from=long@6 --optimizer.lr=0.5", "long has optimizer.lr = 0.01, this run 0.5"),
+        ("--branch-from=long@6 --train.seed=5", "long has train.seed = "),
     ],
 )
 def test_branches_that_are_not_the_same_run_are_refused(
