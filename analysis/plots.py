@@ -25,7 +25,6 @@ COLORS = {
     "soap": "#56B4E9",
     "adahessian": "#882255",
 }
-OTHER = "#555555"
 OTHERS = ("#555555", "#999933", "#117733", "#332288", "#DDCC77", "#88CCEE")  # in this order
 LINE_STYLES = ("-", "--", ":", "-.")  # from the longest horizon to the shortest
 AXES = {

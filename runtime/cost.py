@@ -178,10 +178,10 @@ def sharded_states(config: Config, world_size: int) -> int:
     for AdamW's part.
     """
     loads, states = [0] * world_size, [0] * world_size
-    for group in (True, False):
-        if group is False and config.optimizer.name in ("muon", "soap"):
+    for is_matrix in (True, False):
+        if not is_matrix and config.optimizer.name in ("muon", "soap"):
             loads = [0] * world_size
-        sizes = [size for size in state_sizes(config) if size.is_matrix is group]
+        sizes = [size for size in state_sizes(config) if size.is_matrix == is_matrix]
         for size in sorted(sizes, key=lambda size: -size.parameters):
             rank = loads.index(min(loads))
             loads[rank] += size.parameters
