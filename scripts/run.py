@@ -25,6 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -227,9 +228,18 @@ def run_all(arguments: argparse.Namespace, trials: list[Trial]) -> list[str]:
     waiting = [trial for trial in trials if not is_finished(trial)]
     print(f"{len(trials)} runs, {len(trials) - len(waiting)} of them finished already", flush=True)
 
+    processes: list[subprocess.Popen] = []
+
+    def stop(*_: object) -> NoReturn:
+        """Pass SIGTERM on, which reaches only this process. The terminal sends Ctrl-C to all."""
+        for process in processes:
+            process.terminate()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     started, failed = time.monotonic(), []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = [pool.submit(run_one, arguments, trial) for trial in waiting]
+        futures = [pool.submit(run_one, arguments, trial, processes) for trial in waiting]
         try:
             for done, (trial, future) in enumerate(zip(waiting, futures, strict=True), start=1):
                 status = future.result()
@@ -249,7 +259,7 @@ def run_all(arguments: argparse.Namespace, trials: list[Trial]) -> list[str]:
     return failed
 
 
-def run_one(arguments: argparse.Namespace, trial: Trial) -> int:
+def run_one(arguments: argparse.Namespace, trial: Trial, processes: list[subprocess.Popen]) -> int:
     """Call train.py. With several jobs, show only validations and the last line of a failure."""
     launcher = [sys.executable]
     if arguments.gpus > 1:
@@ -260,12 +270,14 @@ def run_one(arguments: argparse.Namespace, trial: Trial) -> int:
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
     if arguments.jobs == 1:
         print(f"== {trial.name}", flush=True)
-        return subprocess.run(command, env=environment).returncode
+        processes.append(subprocess.Popen(command, env=environment))
+        return processes[-1].wait()
 
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
+    processes.append(process)
     assert process.stdout is not None
     last = "no message"
     for line in process.stdout:

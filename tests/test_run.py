@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from runtime import checkpoint
 from runtime.cli import run_main
-from tests.conftest import OPTIMIZERS, load_script, read_lines
+from tests.conftest import OPTIMIZERS, ROOT, load_script, read_lines
 
 run = load_script("run")
 
@@ -28,7 +30,7 @@ Caller = Callable[..., str]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Caller:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[Caller]:
     """Return a function that runs run.py in this process and returns what it printed.
 
     The training runs that run.py starts are processes of their own.
@@ -39,7 +41,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
         run_main(run.main)
         return capsys.readouterr().out
 
-    return caller
+    handler = signal.getsignal(signal.SIGTERM)
+    yield caller
+    signal.signal(signal.SIGTERM, handler)
 
 
 def names(printed: str) -> list[str]:
@@ -151,6 +155,30 @@ def test_failed_runs_are_named_and_do_not_stop_the_others(
     assert "no such file" in errors
 
 
+def test_sigterm_stops_the_runs_which_save(experiment: Path, tmp_path: Path) -> None:
+    """A service manager signals run.py alone. What it started must not go on without it."""
+    command = [sys.executable, str(ROOT / "scripts/run.py"), str(experiment), "--runs=adamw,lion"]
+    command += ["--jobs=2", "--train.max_steps=100000", "--train.eval_interval=10"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None
+    running = {"adamw", "lion"}
+    while running:
+        line = process.stdout.readline()
+        assert line, "run.py ended by itself"
+        name, _, rest = line.partition(": ")
+        if rest.startswith("step 10/"):
+            running.discard(name)
+
+    process.send_signal(signal.SIGTERM)
+
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to continue" in errors
+    for name in ("adamw", "lion"):
+        assert checkpoint.checkpoints(tmp_path / "out/tiny" / name)
+
+
 def test_runs_share_the_cores_and_do_not_spin(
     experiment: Path, call: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +195,6 @@ def test_runs_share_the_cores_and_do_not_spin(
             return 0
 
     monkeypatch.setattr(run.subprocess, "Popen", Started)
-    monkeypatch.setattr(run.subprocess, "run", Started)
     monkeypatch.setattr(run.os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
