@@ -1,5 +1,6 @@
-"""Draw figures from runs: loss against horizon or size, a sweep, the share of clipped steps.
+"""Draw figures from runs: differences, loss against horizon or size, a sweep, clipped steps.
 
+    python scripts/figures.py differences out/gpt2_30m-cpu
     python scripts/figures.py horizons out/gpt2_30m-cpu                    # Figures 4, 5
     python scripts/figures.py sizes out/gpt2_30m-cpu out/gpt2_125m-cpu     # Figure 1(c)
     python scripts/figures.py sweep out/ablation_rho_beta2-cpu --x optimizer.beta2 --y optimizer.rho
@@ -25,14 +26,23 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis import plots
-from analysis.report import Row, format_loss, format_table
+from analysis.report import (
+    Row,
+    compare_groups,
+    format_interval,
+    format_loss,
+    format_table,
+    references,
+)
 from analysis.runs import Group, StoredRun, find_runs, group_runs
+from analysis.statistics import MARGIN
 from model import ModelConfig
 from runtime.cli import Parser, UserError, run_main
 from runtime.config import KEYS, value_of
 from runtime.cost import num_parameters
 
 COMMANDS = {
+    "differences": "final loss minus AdamW's, with intervals over seeds",
     "horizons": "final loss against the steps of the whole schedule",
     "sizes": "final loss against the number of parameters",
     "sweep": "final loss against one key, or two",
@@ -47,7 +57,9 @@ def main() -> None:
         raise UserError(
             f"{arguments.folders[0]}: no finished run; continue them with scripts/run.py"
         )
-    if arguments.command == "horizons":
+    if arguments.command == "differences":
+        rows, figure = differences(runs)
+    elif arguments.command == "horizons":
         rows, figure = horizons(runs)
     elif arguments.command == "sizes":
         rows, figure = sizes(of_one_horizon(runs, longest=False))
@@ -88,6 +100,50 @@ def of_one_horizon(runs: list[StoredRun], longest: bool) -> list[StoredRun]:
     return [run for run in runs if run.horizon == kept]
 
 
+# ---- Differences ---------------------------------------------------------------------------------
+
+
+def differences(runs: list[StoredRun]) -> tuple[list[Row], Any]:
+    """Draw paired differences from AdamW at equal tokens, and the margin that counts as none."""
+    groups = group_runs(runs)
+    compared = []
+    for comparison in compare_groups(groups, references(groups, None), MARGIN):
+        if comparison.difference and comparison.difference.test:
+            compared.append(comparison)
+    if not compared:
+        raise UserError("no run has a seed pair with AdamW at equal tokens; add --seeds to run.py")
+    compared.sort(key=lambda one: (one.group.table, one.group.horizon))
+
+    plt = plots.pyplot()
+    height = 1.2 + 0.32 * len(compared)
+    figure, panel = plt.subplots(figsize=(7, height), layout="constrained")
+    panel.axvspan(-MARGIN, MARGIN, color="0.92", label=f"within {MARGIN:g}")
+    panel.axvline(0, color="0.5", lw=1)
+    colors = plots.colors_of({one.group.table: one.group.optimizer for one in compared})
+    rows, names = [], []
+    for y, one in enumerate(compared):
+        assert one.difference is not None
+        assert one.difference.test is not None
+        test, mean = one.difference.test, one.difference.mean
+        panel.plot([test.low, test.high], [y, y], color=colors[one.group.table])
+        panel.plot(mean, y, "o", color=colors[one.group.table])
+        names.append(f"{one.group.table}, {one.group.horizon:,} steps")
+        rows.append(
+            {
+                "run": names[-1],
+                "minus AdamW": f"{mean:+.4f}",
+                "95 % interval": format_interval(test),
+                "pairs": str(one.difference.pairs),
+                "verdict": one.verdict,
+            }
+        )
+    panel.set_yticks(range(len(names)), names)
+    panel.invert_yaxis()
+    panel.set_xlabel("final validation loss minus AdamW's, nats per token")
+    panel.legend(frameon=False, fontsize="small")
+    return rows, figure
+
+
 # ---- Loss against a number -----------------------------------------------------------------------
 
 
@@ -124,13 +180,14 @@ def draw_against(
 
     plt = plots.pyplot()
     figure, panel = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    first = {name: next(iter(groups.values())) for name, groups in points.items()}
+    colors = plots.colors_of({name: group.optimizer for name, group in first.items()})
     rows = []
     for name, groups in points.items():
         xs = sorted(groups)
         means = [groups[x].loss for x in xs]
         deviations = [groups[x].deviation or 0.0 for x in xs]
-        color = plots.color_of(groups[xs[0]].optimizer)
-        panel.errorbar(xs, means, deviations, label=name, color=color, marker="o", capsize=3)
+        panel.errorbar(xs, means, deviations, label=name, color=colors[name], marker="o", capsize=3)
         cells = {f"{x:,}": format_loss(groups[x]) if x in groups else "" for x in columns}
         rows.append({"run": name} | cells)
 

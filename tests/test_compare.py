@@ -576,6 +576,26 @@ def test_horizons_figure_shows_mean_and_deviation_of_whole_schedules(
     assert (tmp_path / "horizons.png").exists()
 
 
+def test_differences_figure_shows_paired_intervals_per_horizon(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    for seed, loss in enumerate([1.9, 2.0, 2.4], start=1):
+        write_run(tmp_path, "sophia-g", [loss], train__seed=seed)
+    write_run(tmp_path, "sophia-g", [1.5], train__max_steps=24)
+    with pytest.raises(SystemExit):
+        figure(monkeypatch, capsys, "differences", tmp_path)
+
+    for seed, loss in enumerate([2.0, 2.2, 2.4], start=1):
+        write_run(tmp_path, "adamw", [loss], train__seed=seed)
+    table = figure(monkeypatch, capsys, "differences", tmp_path)
+
+    # Differences -0.1, -0.2, 0: the 97.5 % quantile of t with two degrees of freedom is 4.3027.
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    interval = f"{-0.1 - half:+.4f} to {-0.1 + half:+.4f}"
+    assert table[2:] == [["sophia-g, 12 steps", "-0.1000", interval, "3", "not resolved"]]
+    assert (tmp_path / "differences.png").exists()
+
+
 def test_sweep_figure_never_mixes_horizons(tmp_path: Path, monkeypatch, capsys) -> None:
     for lr in (1e-3, 1e-2):
         write_run(tmp_path, "adamw", [2.0], optimizer__lr=lr)

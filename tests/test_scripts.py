@@ -50,7 +50,7 @@ def refused(name: str, *arguments: object) -> str:
 
 
 SUBCOMMANDS = {
-    "scripts/figures.py": ["horizons", "sizes", "sweep", "clipped"],
+    "scripts/figures.py": ["differences", "horizons", "sizes", "sweep", "clipped"],
     "scripts/hessian.py": ["histogram", "estimators"],
 }
 
