@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Run everything under results/cpu/ again, except the first rounds of the search. About two hours on
-# two cores.
+# Run everything under results/cpu/ again, except the rounds of tuning. Some hours on two cores.
 #
 #   bash scripts/results.sh [JOBS]       # default: 2 runs at once
 #
@@ -11,6 +10,7 @@ jobs=${1:-2}
 source scripts/environment.sh requirements.txt requirements-extras.txt
 
 python data/stdlib/prepare.py
+python data/stdlib/prepare.py --bpe
 run() { python scripts/run.py "configs/cpu/$1.toml" --jobs="$jobs" "${@:2}"; }
 compare() { python scripts/compare.py "${@:2}" --out "results/cpu/$1"; }
 figure() { python scripts/figures.py "$1" "${@:3}" --out "results/cpu/$2"; }
@@ -25,18 +25,19 @@ sweep() {  # EXPERIMENT AXES: all combinations in its grids
     figure sweep "$1" "out/$1-cpu" "${@:2}"
 }
 
+run comparison --runs=adamw,lion,sophia-g,sophia-h --train.seed=2001 --seeds=6 --horizons=2,1
+compare comparison out/comparison-cpu
+figure differences comparison out/comparison-cpu
+
 python scripts/toy.py --out results/cpu/figure2
 python scripts/hessian.py estimators --out results/cpu/estimators
 
-# The last round of the search for the settings. The runs after it have other seeds.
+# The settings of the studies below: the last round of their search.
 run gpt2_30m --sweep --seeds=2 --train.out_dir=out/search4
 table search out/search4
 figure sweep search out/search4 --x=optimizer.lr --y=optimizer.beta1
 
-run gpt2_30m --train.seed=1340 --seeds=5 --horizons=1,2,0.5
-compare gpt2_30m out/gpt2_30m-cpu
-figure horizons gpt2_30m out/gpt2_30m-cpu
-figure clipped gpt2_30m out/gpt2_30m-cpu
+run gpt2_30m --runs=adamw
 python scripts/hessian.py histogram out/gpt2_30m-cpu/adamw --out results/cpu/figure3
 
 run released_125m --seeds=3
@@ -50,7 +51,3 @@ sweep ablation_interval --x=optimizer.lr --y=optimizer.hessian_interval
 sweep ablation_attention --x=optimizer.lr
 sweep other_optimizers --x=optimizer.lr
 sweep masked_lm --x=optimizer.lr
-
-run gpt2_125m
-run gpt2_355m
-figure sizes figure1c out/gpt2_30m-cpu out/gpt2_125m-cpu out/gpt2_355m-cpu
