@@ -329,12 +329,12 @@ def explain_losses(comparisons: list[Comparison], margin: float) -> str:
     if not tested:
         return ""
     return (
-        f"Differences are paired over common seeds. p: two-sided t-test, corrected for the "
-        f"{tested} comparisons of this table (Holm). Equal: two one-sided tests with a margin of "
-        f"{margin:g} nats. Detectable: the true difference that an uncorrected test of this many "
-        f"pairs finds with 80 % power. Intervals and tests for equality are not corrected, and a "
-        f"setting that was chosen as the best of several looks better than it is: run it again "
-        f"with new seeds."
+        f"Differences are paired over common seeds. p: two-sided t-test, corrected for the number "
+        f"of comparisons in this table, {tested} (Holm). Equal: two one-sided tests with a margin "
+        f"of {margin:g} nats. Detectable: the true difference that an uncorrected test of this "
+        f"many pairs finds with 80 % power. Intervals and tests for equality are not corrected, "
+        f"and a setting that was chosen as the best of several looks better than it is: run it "
+        f"again with new seeds."
     )
 
 
