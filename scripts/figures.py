@@ -138,7 +138,7 @@ def differences(runs: list[StoredRun]) -> tuple[list[Row], Any]:
             }
         )
     panel.set_yticks(range(len(names)), names)
-    panel.invert_yaxis()
+    panel.set_ylim(len(names) - 0.5, -0.5)
     panel.set_xlabel("final validation loss minus AdamW's, nats per token")
     panel.legend(frameon=False, fontsize="small")
     return rows, figure

@@ -25,7 +25,8 @@ sweep() {  # EXPERIMENT AXES: all combinations in its grids
     figure sweep "$1" "out/$1-cpu" "${@:2}"
 }
 
-run comparison --runs=adamw,lion,sophia-g,sophia-h --train.seed=2001 --seeds=6 --horizons=2,1
+run comparison --runs=adamw,sophia-g --train.seed=2001 --seeds=10 --horizons=2
+run comparison --runs=sophia-h,lion --train.seed=2001 --seeds=6 --horizons=2
 compare comparison out/comparison-cpu
 figure differences comparison out/comparison-cpu
 
