@@ -180,8 +180,8 @@ def draw_against(
 
     plt = plots.pyplot()
     figure, panel = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    first = {name: next(iter(groups.values())) for name, groups in points.items()}
-    colors = plots.colors_of({name: group.optimizer for name, group in first.items()})
+    optimizers = {name: next(iter(groups.values())).optimizer for name, groups in points.items()}
+    colors = plots.colors_of(optimizers)
     rows = []
     for name, groups in points.items():
         xs = sorted(groups)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run everything under results/cpu/ again, except the rounds of tuning. Some hours on two cores.
+# Run what is in results/cpu/ again, except tuning and widths. Some hours on two cores.
 #
 #   bash scripts/results.sh [JOBS]       # default: 2 runs at once
 #
@@ -38,7 +38,7 @@ run gpt2_30m --sweep --seeds=2 --train.out_dir=out/search4
 table search out/search4
 figure sweep search out/search4 --x=optimizer.lr --y=optimizer.beta1
 
-run gpt2_30m --runs=adamw
+run gpt2_30m --runs=adamw --train.seed=1340
 python scripts/hessian.py histogram out/gpt2_30m-cpu/adamw --out results/cpu/figure3
 
 run released_125m --seeds=3
