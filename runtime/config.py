@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from model import ModelConfig
 from runtime.cli import UserError
@@ -493,17 +494,7 @@ def _first_problem(error: ValidationError) -> str:
     # Report a misspelled key before the key that is missing because of it.
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     kind, value = problem["type"], problem["input"]
-
-    # Within the optimizer, pydantic names the members of the unions as well as the key.
-    location = [str(part) for part in problem["loc"]]
-    optimizer = ""
-    if location[:1] == ["optimizer"]:
-        members = [part for part in location[1:] if part in (*OPTIMIZERS, "built-in", "imported")]
-        location = [part for part in location if part not in members]
-        optimizer = members[-1] if members else ""
-    if ".".join(location[:-1]) in KEYS:
-        location.pop()  # the member of a union such as bool | "auto"
-    key = ".".join(location)
+    key, optimizer = _key_of(problem)
 
     if kind == "extra_forbidden" and key in KEYS and optimizer == "imported":
         return (
@@ -515,7 +506,9 @@ def _first_problem(error: ValidationError) -> str:
     if kind == "extra_forbidden":
         return f"unknown key {key}{nearest(key, list(KEYS))}"
     if kind == "missing":
-        return f"{key} is missing; add it to the file or to the command line"
+        keys = [_key_of(other)[0] for other in error.errors() if other["type"] == "missing"]
+        which = "is missing; add it" if len(keys) == 1 else "are missing; add them"
+        return f"{', '.join(keys)} {which} to the file or to the command line"
     if kind == "union_tag_not_found":
         return "optimizer.name is missing; add it to the file or to the command line"
     if kind == "union_tag_invalid":
@@ -530,3 +523,17 @@ def _first_problem(error: ValidationError) -> str:
     if isinstance(value, dict):
         return f"{key}: {message}" if key else message
     return f"{key} = {value!r} {message}"
+
+
+def _key_of(problem: ErrorDetails) -> tuple[str, str]:
+    """Return the dotted key of a problem, and the optimizer whose key it is, or ""."""
+    # Within the optimizer, pydantic names the members of the unions as well as the key.
+    location = [str(part) for part in problem["loc"]]
+    optimizer = ""
+    if location[:1] == ["optimizer"]:
+        members = [part for part in location[1:] if part in (*OPTIMIZERS, "built-in", "imported")]
+        location = [part for part in location if part not in members]
+        optimizer = members[-1] if members else ""
+    if ".".join(location[:-1]) in KEYS:
+        location.pop()  # the member of a union such as bool | "auto"
+    return ".".join(location), optimizer

@@ -261,8 +261,14 @@ BAD_ARGUMENTS = [
     ("--run=adamw --model.n_head=3", "n_embd 16 is not a multiple of n_head 3"),
     ("--run=sophia-g --optimizer.hessian_batch_size=9", "larger than train.batch_size"),
     ("--run=sophia-g --optimizer.estimator=gnb", "optimizer.estimator is not a key of sophia-g"),
-    ("--run=sophia-g --optimizer.name=sophia-ablation", "optimizer.estimator is missing"),
-    ("--run=adamw --optimizer.name=adahessian", "optimizer.hessian_interval is missing"),
+    (
+        "--run=sophia-g --optimizer.name=sophia-ablation",
+        "optimizer.estimator, optimizer.average, optimizer.update are missing; add them",
+    ),
+    (
+        "--run=adamw --optimizer.name=adahessian",
+        "optimizer.hessian_interval, optimizer.hessian_batch_size are missing; add them",
+    ),
 ]
 
 
