@@ -153,21 +153,25 @@ class StateSize(NamedTuple):
 
 def state_sizes(config: Config) -> list[StateSize]:
     """Return how many numbers the optimizer keeps for each parameter tensor."""
-    with torch.device("meta"):
-        model = GPT(config.model)
-
     sizes = []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and "blocks" in name
+    for is_matrix, shape in parameter_shapes(config.model):
         momentum_only = config.optimizer.name == "lion" or (
             config.optimizer.name == "muon" and is_matrix
         )
-        states = parameter.numel() * (1 if momentum_only else 2)
+        states = shape.numel() * (1 if momentum_only else 2)
         if config.optimizer.name == "soap" and is_matrix:
             # A preconditioner and its eigenbasis for each side.
-            states += sum(2 * side**2 for side in parameter.shape)
-        sizes.append(StateSize(is_matrix, parameter.numel(), states))
+            states += sum(2 * side**2 for side in shape)
+        sizes.append(StateSize(is_matrix, shape.numel(), states))
     return sizes
+
+
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> list[tuple[bool, torch.Size]]:
+    """Return for each parameter tensor whether it is a weight matrix of a block, and its shape."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return [(p.ndim == 2 and "blocks" in name, p.shape) for name, p in model.named_parameters()]
 
 
 def sharded_states(config: Config, world_size: int) -> int:
