@@ -21,6 +21,9 @@ python scripts/figures.py differences out/comparison-cpu --out results/cpu/compa
 
 run ablation_interval --sweep --seeds=4
 compare ablation_interval out/ablation_interval-cpu --reference=sophia-g
+run ablation_ingredients --runs=clip-only,empirical-fisher --seeds=4
+compare ablation_ingredients out/comparison-cpu/sophia-g out/comparison-cpu/sophia-g,seed=200[234] \
+    out/ablation_ingredients-cpu --reference=sophia-g
 
 python scripts/toy.py --out results/cpu/figure2
 python scripts/hessian.py histogram out/comparison-cpu/adamw,max_steps=480 --out results/cpu/figure3
