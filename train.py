@@ -129,6 +129,7 @@ def prepare_and_train(ranks: Ranks) -> int:
         config = distributed.resolve_number_format(config, device, stored)
         distributed.check_device(config.train, device)
         plan.check_memory(config, ranks, device)
+        plan.check_disk(config)
     start = (found[1]["step"], found[1]["validated_step"]) if found else (0, -1)
     distributed.check_same_on_all_ranks(config, device, digests, start)
     if start[1] == config.train.max_steps:

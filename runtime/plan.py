@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import torch
 
+from runtime import checkpoint
 from runtime.cli import UserError, warn
 from runtime.config import Config
 from runtime.cost import (
@@ -82,7 +84,7 @@ def _step_bytes(config: Config) -> int:
     )
 
 
-# ---- Memory --------------------------------------------------------------------------------------
+# ---- Memory and disk -----------------------------------------------------------------------------
 
 ROOM = 0.9  # the share of the memory that a suggested micro-batch may fill
 # Beyond this factor of the memory, a run cannot fit. On CUDA the rules are within a tenth of what
@@ -124,6 +126,24 @@ def check_memory(config: Config, ranks: Ranks, device: torch.device) -> None:
     if needed > BEYOND_DOUBT * available:
         raise UserError(message)
     warn(f"this may not fit: {message}")
+
+
+def check_disk(config: Config) -> None:
+    """Warn if the run's checkpoints may fill the disk: the kept ones, and the one being written."""
+    folder = config.run_dir
+    existing = len(checkpoint.checkpoints(folder))
+    while not folder.exists():
+        folder = folder.parent
+    available = shutil.disk_usage(folder).free
+
+    kept = config.train.keep_checkpoints + 1  # the newest, and the best
+    needed = max(kept + 1 - existing, 1) * checkpoint_bytes(config)
+    if needed > available:
+        warn(
+            f"{folder}: the disk may become full: the run's checkpoints need "
+            f"{_gigabytes(needed)} GB more, and {_gigabytes(available)} GB are free; free some "
+            f"space, or use a lower train.keep_checkpoints or another train.out_dir"
+        )
 
 
 def describe_out_of_memory(config: Config, ranks: Ranks, device: torch.device) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from benchmarks.peak_memory import PeakMemory
 from model import GPT, ModelConfig, summed_loss
 from optimizers.build import make_optimizer
 from optimizers.state import ChainedOptimizer
-from runtime import plan
+from runtime import checkpoint, plan
 from runtime.cli import UserError
 from runtime.cost import activation_bytes, product_bytes, sharded_states, state_sizes
 from runtime.distributed import Ranks
@@ -136,6 +138,32 @@ def test_run_that_cannot_fit_is_refused_with_the_largest_that_does(
     monkeypatch.setattr(plan, "memory_of", lambda device: 10**9)
     assert "use a device with more memory or a smaller model" in check(60)
     assert "or --" not in check(60)
+
+
+def test_checkpoints_that_do_not_fit_on_the_disk_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    path = ROOT / "configs/gpt2_125m.toml"
+    overrides = {"train.out_dir": str(tmp_path / "missing"), "train.keep_checkpoints": "2"}
+    config = load_experiment(path, "adamw", overrides)
+    size = plan.checkpoint_bytes(config)
+
+    def check(free: float) -> str:
+        usage = SimpleNamespace(free=int(free))
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage)
+        plan.check_disk(config)
+        return capsys.readouterr().err
+
+    # The newest two, the best, and the one being written.
+    assert check(4 * size) == ""
+    assert check(3.9 * size).startswith(f"warning: {tmp_path}: the disk may become full")
+
+    # Those of an interrupted run are there already.
+    config.run_dir.mkdir(parents=True)
+    for step in (1000, 2000, 3000):
+        checkpoint.path_of(config.run_dir, step).touch()
+    assert check(size) == ""
+    assert "the disk may become full" in check(0.9 * size)
 
 
 @pytest.mark.parametrize(
