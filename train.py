@@ -110,6 +110,8 @@ def prepare_and_train(ranks: Ranks) -> int:
         if ranks.rank == 0:
             config = distributed.resolve_number_format(config, device)
             distributed.check_device(config.train, device)
+            if (config.data_folder / "train.bin").exists():
+                open_splits(config)  # for its checks
             if flags.branch_from:
                 checkpoint.find_branch(config, flags.branch_from)
             plan.print_plan(config, ranks, device, start="nothing is trained (--dry-run)")
@@ -117,10 +119,7 @@ def prepare_and_train(ranks: Ranks) -> int:
 
     with distributed.errors_on_all_ranks():
         trackers.check_installed(config)
-        folder, model = config.data_folder, config.model
-        tokens = {}
-        for split in ("train", "val"):
-            tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
+        tokens = open_splits(config)
         digests = fingerprints(tokens)
     found = checkpoint.find_on_all_ranks(config, flags.resume, flags.branch_from, digests)
 
@@ -140,6 +139,14 @@ def prepare_and_train(ranks: Ranks) -> int:
         return restore_and_train(build_run(config, ranks, device, tokens), found)
     except torch.OutOfMemoryError as error:
         raise UserError(plan.describe_out_of_memory(config, ranks, device)) from error
+
+
+def open_splits(config: Config) -> dict[str, np.ndarray]:
+    folder, model = config.data_folder, config.model
+    tokens = {}
+    for split in ("train", "val"):
+        tokens[split] = open_tokens(folder, split, model.text_vocab_size, model.block_size)
+    return tokens
 
 
 def build_run(

@@ -615,6 +615,7 @@ def test_bad_data_and_indivisible_batches_are_refused(
     assert "no such file; make it" in error("--data.path=nowhere")
     assert "shorter than a window" in error("--model.block_size=1000")
     assert "but model.vocab_size is 50" in error("--model.vocab_size=50")
+    assert "but model.vocab_size is 50" in error("--model.vocab_size=50", "--dry-run")
     hint = "use train.batch_size 6 or 9, or train.micro_batch_size 2"
     assert hint in error("--train.micro_batch_size=3")
     assert not (tmp_path / "out").exists()
