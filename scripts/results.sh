@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run what is in results/cpu/ again, except tuning and widths. Some hours on two cores.
+# Run what is in results/cpu/ again, except tuning and the sweep of widths. Some hours on two cores.
 #
 #   bash scripts/results.sh [JOBS]       # default: 2 runs at once
 #
@@ -18,6 +18,17 @@ run comparison --seeds=6 --horizons=2
 run comparison --runs=adamw,lion,sophia-g,sophia-h --seeds=6
 compare comparison out/comparison-cpu
 python scripts/figures.py differences out/comparison-cpu --out results/cpu/comparison
+
+run batch_size --seeds=6
+compare batch_size out/batch_size-cpu
+
+for width in 32 96 128; do
+    run widths --seeds=3 --model.n_embd=$width --model.n_head=$((width / 32)) \
+        --train.out_dir="out/widths_$width"
+done
+width_64=(out/comparison-cpu/{adamw,lion,sophia-g,sophia-h}{,",seed=2002",",seed=2003"})
+compare sizes out/widths_* "${width_64[@]}"
+python scripts/figures.py sizes out/widths_* "${width_64[@]}" --out results/cpu/sizes
 
 run ablation_interval --sweep --seeds=4
 compare ablation_interval out/ablation_interval-cpu --reference=sophia-g
