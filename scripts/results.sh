@@ -22,11 +22,11 @@ python scripts/figures.py differences out/comparison-cpu --out results/cpu/compa
 run batch_size --seeds=6
 compare batch_size out/batch_size-cpu
 
-for width in 32 96 128; do
-    run widths --seeds=3 --model.n_embd=$width --model.n_head=$((width / 32)) \
-        --train.out_dir="out/widths_$width"
+for width in 32 96; do
+    run widths --runs=adamw,sophia-g,sophia-h --seeds=3 --model.n_embd=$width \
+        --model.n_head=$((width / 32)) --train.out_dir="out/widths_$width"
 done
-width_64=(out/comparison-cpu/{adamw,lion,sophia-g,sophia-h}{,",seed=2002",",seed=2003"})
+width_64=(out/comparison-cpu/{adamw,sophia-g,sophia-h}{,",seed=2002",",seed=2003"})
 compare sizes out/widths_* "${width_64[@]}"
 python scripts/figures.py sizes out/widths_* "${width_64[@]}" --out results/cpu/sizes
 
