@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from typing import Any
 
@@ -136,8 +137,10 @@ def check_disk(config: Config) -> None:
         folder = folder.parent
     available = shutil.disk_usage(folder).free
 
-    kept = config.train.keep_checkpoints + 1  # the newest, and the best
-    needed = max(kept + 1 - existing, 1) * checkpoint_bytes(config)
+    # The newest, the best, and the one being written, but not more than the run saves.
+    train = config.train
+    most = min(train.keep_checkpoints + 2, math.ceil(train.max_steps / train.checkpoint_interval))
+    needed = max(most - existing, 1) * checkpoint_bytes(config)
     if needed > available:
         warn(
             f"{folder}: the disk may become full: the run's checkpoints need "
